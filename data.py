@@ -1,0 +1,735 @@
+"""Pictures for training: folders of images, augmentation, batches that do not depend on the machine, built-in scenes.
+
+    source = ImageFolder("imagenet/train", part="train")              # or Scenes(20_000, seed=0)
+    dataset = Images(source, prepare=Augment(224), seed=0)
+    batches = Batches(len(source), global_batch=1024, epochs=5, seed=0)
+    for images, unreadable in DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=8):
+        ...                                                            # images: uint8 [B, 3, 224, 224]
+
+Everything random here is a function of a seed and of *what* is drawn (which epoch, which sample), never of *who* draws
+it (which rank, which worker, how often the run was interrupted). `generator` is the only source of randomness.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+import uuid
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations, product, zip_longest
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
+from PIL.Image import Resampling, Transpose
+
+# Pillow refuses 179 million pixels, to guard servers; large data sets hold honest pictures beyond that. Here the limit
+# is 2 x 2^28 pixels (2 GiB in memory), and a larger picture counts as unreadable.
+Image.MAX_IMAGE_PIXELS = 2**28
+warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata in one file of a million is no news
+
+
+class DataError(ValueError):
+    """A mistake in what the user gave: one sentence that names the file or folder and says what to do."""
+
+    def __str__(self) -> str:
+        return super().__str__().rsplit("DataError: ")[-1].strip()  # drops the traceback that a worker process adds
+
+
+def generator(purpose: str, *key: int) -> np.random.Generator:
+    """A random generator that depends on `purpose` and `key` (integers >= 0) alone."""
+    return np.random.default_rng((zlib.crc32(purpose.encode()), *key))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders of images, indexed once
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # in lower or upper case
+
+
+# What is known of a folder: its modification time in ns (-1: list it again next time), and its images in order, each
+# name followed by a slash: "a.jpg/b.jpg/". Kept end to end, since 13 million Python strings would fill a gigabyte.
+Folder = tuple[int, str]
+
+
+class ImageFolder:
+    """The images below `root` at any depth, in the order of their paths: a source for `Images`.
+
+    `part` "train" or "val" keeps one side of a fixed split: an image is held out when a hash of its path below `root`
+    is in the lowest `val_share` of all values, so it stays on its side wherever the folder moves and whatever is added.
+    Names that start with a dot are passed over.
+
+    The index is kept in `root/.image-index` (in the user's cache folder when `root` cannot be written). Adding or
+    removing a file changes its folder's modification time, so the next run asks for those times only and lists what
+    changed.
+
+    Raises DataError when `root` is not a folder or cannot be listed, holds no images, or the part is empty.
+    """
+
+    def __init__(self, root: str | os.PathLike, part: str = "all", val_share: float = 0.01):
+        self.root = os.fspath(root)
+        if not os.path.isdir(self.root):
+            raise DataError(f"{self.root} is not a folder: give the path of a folder of images")
+        folders = {path: os.fsencode(names) for path, (_, names) in sorted(_index(self.root).items()) if names}
+        if not folders:
+            found = sorted(name for name in os.listdir(self.root) if not name.startswith("."))
+            what = f"it holds {len(found)} entries such as {found[0]}" if found else "it is empty"
+            raise DataError(f"no images in {self.root}: {what}; images are files that end in {', '.join(EXTENSIONS)}")
+        self._folders = list(folders)
+        self._first = np.cumsum([0] + [names.count(b"/") for names in folders.values()])  # the first image of each
+        self._names = b"".join(folders.values())
+        self._ends = np.flatnonzero(np.frombuffer(self._names, np.uint8) == ord("/"))
+        self._kept = None
+        if part != "all":
+            held_out = _hashes(folders) < val_share * 2**32
+            self._kept = np.flatnonzero({"train": ~held_out, "val": held_out}[part])
+        if not len(self):
+            raise DataError(f"a held-out share of {val_share} of the {len(self._ends)} images in {self.root} leaves "
+                            f"none for {part}: choose another share, or give a validation folder of its own")
+
+    def __len__(self) -> int:
+        return len(self._ends) if self._kept is None else len(self._kept)
+
+    def name(self, index: int) -> str:
+        """The path of an image below the root."""
+        number = index if self._kept is None else self._kept[index]
+        start = self._ends[number - 1] + 1 if number else 0
+        folder = self._folders[np.searchsorted(self._first, number, side="right") - 1]
+        return os.path.join(folder, os.fsdecode(self._names[start : self._ends[number]]))
+
+    def open(self, index: int) -> Image.Image:
+        """An image, its pixels not yet decoded. Raises what Pillow raises when it cannot be read."""
+        return Image.open(os.path.join(self.root, self.name(index)))
+
+
+def _hashes(folders: dict[str, bytes]) -> np.ndarray:
+    """A hash of each image's path, uint32 [images]: the same in every run, machine and folder above the root."""
+    checksums = []
+    for folder, names in folders.items():
+        start = zlib.crc32(os.fsencode(folder) + b"/")
+        checksums.append(np.array([zlib.crc32(name, start) for name in names.split(b"/")[:-1]], np.uint32))
+    # A checksum is linear, so that numbered names can crowd or miss a range of values; the product is not.
+    return np.concatenate(checksums) * np.uint32(2654435769)
+
+
+def _index(root: str) -> dict[str, Folder]:
+    """The folders below `root`, by path: known ones from the cache, which is then brought up to date.
+
+    Several processes may do this at once: each reads a whole cache or none, and replaces it by a whole one.
+    """
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    place = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:24]
+    # in a folder of its own, so that writing the cache does not change the root's modification time each time
+    caches = [os.path.join(root, ".image-index", "v1.json"), os.path.join(user, "image-index", place + "-v1.json")]
+    known = next(filter(None, map(_read_cache, caches)), {})
+    folders = _scan(root, known)
+    if folders != known:
+        any(_write_cache(file, folders) for file in caches)  # stops at the first that can be written
+    return folders
+
+
+def _scan(root: str, known: dict[str, Folder]) -> dict[str, Folder]:
+    """Visits all folders, and lists those whose modification time is not the known one."""
+    known_below = {}
+    for path in filter(None, known):
+        known_below.setdefault(os.path.dirname(path), []).append(path)
+    folders, visited, waiting = {}, set(), [""]
+    while waiting:
+        path = waiting.pop()
+        try:
+            # A change just after this one may carry the same time, as clocks tick up to 2 s apart: trust none so fresh.
+            recent = time.time_ns() - 2_000_000_000
+            status = os.stat(os.path.join(root, path))
+            if (status.st_dev, status.st_ino) in visited:  # links can make a folder its own ancestor
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            if path in known and known[path][0] == status.st_mtime_ns:
+                folders[path], below = known[path], known_below.get(path, [])
+            else:
+                names, below = _list(root, path)
+                folders[path] = (status.st_mtime_ns if status.st_mtime_ns < recent else -1), names
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        except OSError as error:
+            where = os.path.join(root, path)
+            raise DataError(f"cannot list folder {where} ({error.strerror}): make it readable or move it") from error
+        waiting.extend(sorted(below, reverse=True))
+    return folders
+
+
+def _list(root: str, path: str) -> tuple[str, list[str]]:
+    """A folder's images and subfolders. The directory itself tells which is which: no file is touched."""
+    names, below = [], []
+    with os.scandir(os.path.join(root, path)) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir(follow_symlinks=False):
+                names.append(entry.name + "/")
+            elif entry.is_dir():
+                below.append(os.path.join(path, entry.name))
+    return "".join(sorted(names)), below
+
+
+def _read_cache(file: str) -> dict[str, Folder]:
+    """The folders of a cached index; empty when there is none or it is damaged."""
+    try:
+        with open(file, "rb") as source:
+            checksum, text = source.read().split(b"\n", 1)
+        folders = json.loads(text) if int(checksum) == zlib.crc32(text) else []
+        return {path: (modified, names) for path, modified, names in folders}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _write_cache(file: str, folders: dict[str, Folder]) -> bool:
+    """Writes a cached index as a whole. False where the place cannot be written."""
+    text = json.dumps([(path, *folder) for path, folder in folders.items()]).encode()
+    unfinished = f"{file}.{uuid.uuid4().hex}"
+    try:
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        with open(unfinished, "xb") as target:
+            target.write(b"%d\n" % zlib.crc32(text) + text)
+        os.replace(unfinished, file)
+        return True
+    except OSError:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a file to the pixels of a crop
+
+# EXIF orientation -> what makes the picture upright
+TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+         6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1-8 (1: upright). Decodes all formats but JPEG, the one that has it ahead of its pixels."""
+    if image.format not in ("JPEG", "MPO"):
+        image.load()
+    try:
+        turn = image.getexif().get(0x0112, 1)
+        return turn if turn in TURNS else 1
+    except Exception:  # damaged metadata does not make a picture unreadable
+        return 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB. 16-bit greys are scaled to 8 bits (Pillow alone would clip them). Transparency is dropped, as in
+    torchvision's and timm's folders: such a pixel shows the color stored under it."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def resized_crop(image: Image.Image, size: int, scale: tuple[float, float], resample: Resampling) -> Image.Image:
+    """Resizes the shorter side to `size` and then width and height by the factors `scale`; returns the RGB centre crop
+    of size x size, reflect-padded where the picture falls short.
+
+    All in one resize of the crop's place in the original, so that what lies outside costs nothing. A JPEG is decoded at
+    1/2, 1/4 or 1/8 of its size where that still has every pixel that the whole resized picture would have.
+    """
+    turn = orientation(image)
+    width, height = image.size if turn < 5 else image.size[::-1]
+    ratio = min(width, height) / size
+    width, height = max(1, round(width * scale[0] / ratio)), max(1, round(height * scale[1] / ratio))
+    image.draft("RGB", (width, height) if turn < 5 else (height, width))  # does nothing to other formats
+    image = to_rgb(image)
+    image = image.transpose(TURNS[turn]) if turn in TURNS else image
+
+    crop = min(width, size), min(height, size)
+    left, top = round((width - crop[0]) / 2), round((height - crop[1]) / 2)
+    across, down = image.width / width, image.height / height  # decoded pixels to one resized pixel
+    right, bottom = min((left + crop[0]) * across, image.width), min((top + crop[1]) * down, image.height)
+    # reducing_gap: a picture more than 6 times too large is first averaged over whole blocks of pixels
+    image = image.resize(crop, resample, (left * across, top * down, right, bottom), reducing_gap=3.0)
+    if crop == (size, size):
+        return image
+    across, down = [((size - side) // 2, (size - side + 1) // 2) for side in crop]
+    return Image.fromarray(np.pad(np.asarray(image), (down, across, (0, 0)), mode="reflect"))
+
+
+def to_tensor(image: Image.Image, flip: bool = False) -> torch.Tensor:
+    """An RGB picture, mirrored if `flip`, as uint8 [3, H, W]."""
+    pixels = np.asarray(image)  # [H, W, 3]
+    pixels = pixels[:, ::-1] if flip else pixels
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation (appendix C)
+
+
+@dataclass
+class Augment:
+    """The paper's training augmentation: (image, rng) -> uint8 [3, size, size].
+
+    Shorter side to `size`; with probability 1/2 zoomed in, so that a uniform share of the area fills the frame; with
+    probability 1/2 stretched by a log-uniform aspect; centre crop; bilinear or bicubic at random; mirrored or not.
+    That is timm's ResizeKeepRatio and CenterCropOrPad ("rkrc" there), with the same rounding.
+    """
+
+    size: int
+    randaugment: bool = False
+    zoom: tuple[float, float] = (0.08, 1.0)
+    zoom_probability: float = 0.5
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    aspect_probability: float = 0.5
+    flip_probability: float = 0.5
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
+        scale, resample, flip = self.draw(rng)
+        image = resized_crop(image, self.size, scale, resample)
+        if self.randaugment:
+            image = randaugment(image, rng)
+        # timm mirrors first; as its operations lean to either side alike, the order makes no difference
+        return to_tensor(image, flip)
+
+    def draw(self, rng: np.random.Generator) -> tuple[tuple[float, float], Resampling, bool]:
+        """Factors of width and height (1: the shorter side has the right size), the filter, whether to mirror."""
+        zooms, area, stretches, aspect, cubic, flips = rng.random(6)
+        area = self.zoom[0] + (self.zoom[1] - self.zoom[0]) * area if zooms < self.zoom_probability else 1.0
+        low, high = map(math.log, self.aspect)
+        aspect = math.exp(low + (high - low) * aspect) if stretches < self.aspect_probability else 1.0
+        scale = math.sqrt(aspect / area), math.sqrt(1 / (aspect * area))
+        return scale, Resampling.BICUBIC if cubic < 0.5 else Resampling.BILINEAR, bool(flips < self.flip_probability)
+
+
+def randaugment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """RandAugment m9-mstd0.5-inc1: twice, with probability 1/2, a random operation at a level of about 9 in 10."""
+    for name in rng.choice(OPERATIONS, size=2):
+        applies, positive, cubic = rng.random(3) < 0.5
+        level = min(max(rng.normal(9, 0.5), 0), 10) / 10
+        if applies:
+            image = operation(str(name), image, level if positive else -level, cubic)
+    return image
+
+
+OPERATIONS = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color",
+              "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+
+
+def operation(name: str, image: Image.Image, level: float, cubic: bool) -> Image.Image:
+    """One of timm's "increasing" operations at a level in [-1, 1]; its sign is a direction, where there is one."""
+    resample, grey, size = Resampling.BICUBIC if cubic else Resampling.BILINEAR, (128, 128, 128), abs(level)
+
+    def affine(*matrix: float) -> Image.Image:
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=grey)
+
+    match name:
+        case "AutoContrast": return ImageOps.autocontrast(image)
+        case "Equalize": return ImageOps.equalize(image)
+        case "Invert": return ImageOps.invert(image)
+        case "Rotate": return image.rotate(30 * level, resample, fillcolor=grey)
+        case "Posterize": return ImageOps.posterize(image, max(1, 4 - int(4 * size)))
+        case "Solarize": return ImageOps.solarize(image, 256 - int(256 * size))
+        case "SolarizeAdd": return image.point([v + int(110 * size) * (v < 128) for v in range(256)] * 3)
+        case "ShearX": return affine(1, 0.3 * level, 0, 0, 1, 0)
+        case "ShearY": return affine(1, 0, 0, 0.3 * level, 1, 0)
+        case "TranslateXRel": return affine(1, 0, 0.45 * level * image.width, 0, 1, 0)
+        case "TranslateYRel": return affine(1, 0, 0, 0, 1, 0.45 * level * image.height)
+        case _: return getattr(ImageEnhance, name)(image).enhance(max(0.1, 1 + 0.9 * level))  # Color ... Sharpness
+
+
+def mix(images: torch.Tensor, kind: str, seed: int, update: int, first: int = 0) -> torch.Tensor:
+    """Mixup (alpha 0.5) or CutMix (alpha 1) of neighbours: float [B, 3, H, W] -> the same shape.
+
+    `first` is the place of images[0] in the global batch. Its images 2i and 2i + 1 are mixed with each other, in a way
+    that depends on (seed, update, i) alone: slices of a batch are mixed as the whole is. There are no labels to mix:
+    the teacher sees the mixed picture. Raises DataError for an unknown kind or where a slice tears a pair apart.
+    """
+    if kind not in ("mixup", "cutmix"):
+        raise DataError(f"unknown mixing {kind!r}: use mixup or cutmix")
+    if first % 2 or len(images) % 2:
+        raise DataError(f"{kind} pairs neighbours, but a micro-batch has {len(images)} images: choose an even number")
+    pairs = images.unflatten(0, (-1, 2))  # [B/2, 2, 3, H, W]
+    partners = pairs.flip(1)
+    rngs = [generator(kind, seed, update, first // 2 + i) for i in range(len(pairs))]
+    if kind == "mixup":
+        share = images.new_tensor([rng.beta(0.5, 0.5) for rng in rngs])
+        return pairs.lerp(partners, share.view(-1, 1, 1, 1, 1)).flatten(0, 1)
+    mixed, (height, width) = pairs.clone(), images.shape[-2:]
+    for i, rng in enumerate(rngs):  # a box over a Beta(1, 1) share of the area, uniform centre, cut off at the border
+        side, y, x = math.sqrt(rng.beta(1, 1)) / 2, *rng.random(2)
+        rows = slice(max(round((y - side) * height), 0), round((y + side) * height))
+        columns = slice(max(round((x - side) * width), 0), round((x + side) * width))
+        mixed[i, ..., rows, columns] = partners[i, ..., rows, columns]
+    return mixed.flatten(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets and batches
+
+
+class Images(torch.utils.data.Dataset):
+    """Prepared pictures of a source, addressed by (epoch, index): what comes out depends on (seed, epoch, index) alone.
+
+    A source is anything with a length, `open(index)` -> PIL picture, and `name(index)`. `prepare(image, rng)` turns a
+    picture into a tensor, as `Augment` does, with all its randomness from `rng`.
+    """
+
+    ATTEMPTS = 20
+
+    def __init__(self, source: ImageFolder | Scenes,
+                 prepare: Callable[[Image.Image, np.random.Generator], torch.Tensor], seed: int):
+        self.source, self.prepare, self.seed = source, prepare, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, list[str]]:
+        """The picture, and the names of unreadable ones met on the way, for which another one of the source stands in.
+
+        Raises DataError when 20 pictures in a row could not be read.
+        """
+        epoch, index = key
+        unreadable = []
+        for attempt in range(self.ATTEMPTS):
+            rng = generator("sample", self.seed, epoch, index, attempt)
+            chosen = index if attempt == 0 else int(rng.integers(len(self.source)))
+            try:
+                with self.source.open(chosen) as image:
+                    return self.prepare(image, rng), unreadable
+            except Exception as error:  # on damaged files Pillow raises nearly every kind
+                if not isinstance(error, OSError) and self._readable(chosen):
+                    raise  # the file is fine, so the fault is elsewhere, and must not pass for the file's
+                unreadable.append(self.source.name(chosen))
+                cause = error
+        raise DataError(f"{self.ATTEMPTS} pictures in a row could not be read, the last one {unreadable[-1]} "
+                        f"({type(cause).__name__}: {cause}): check the image files") from cause
+
+    def _readable(self, index: int) -> bool:
+        try:
+            with self.source.open(index) as image:
+                to_rgb(image)
+            return True
+        except Exception:
+            return False
+
+
+def collate(samples: list[tuple[torch.Tensor, list[str]]]) -> tuple[torch.Tensor, list[str]]:
+    """Samples of `Images` -> ([B, 3, S, S], names of all the unreadable files met)."""
+    return torch.stack([image for image, _ in samples]), [name for _, names in samples for name in names]
+
+
+class Batches(torch.utils.data.Sampler):
+    """The (epoch, index) keys of a whole run, as one rank's micro-batches in order: a DataLoader's `batch_sampler`.
+
+    Each epoch is a random order of all `count` samples, cut into global batches; an incomplete last one is dropped.
+    Rank r takes the r-th of `world` equal slices of each, cut into micro-batches (one, when None), so that an update is
+    the same samples on any number of ranks. `start_update` skips what a resumed run has done; `updates` caps the total.
+
+    Raises DataError when `count` is smaller than a global batch, or ranks and micro-batches do not divide it.
+    """
+
+    def __init__(self, count: int, global_batch: int, epochs: int, seed: int, rank: int = 0, world: int = 1,
+                 micro_batch: int | None = None, start_update: int = 0, updates: int | None = None):
+        if count < global_batch:
+            raise DataError(f"only {count} images, fewer than one global batch of {global_batch}: use a smaller batch")
+        self.share, self.rank = global_batch // world, rank
+        self.micro_batch = self.share if micro_batch is None else micro_batch
+        if global_batch % world or self.micro_batch < 1 or self.share % self.micro_batch:
+            raise DataError(f"a global batch of {global_batch} cannot be split over {world} ranks into micro-batches "
+                            f"of {self.micro_batch}: choose sizes that divide it")
+        self.count, self.global_batch, self.seed = count, global_batch, seed
+        self.start_update, self.updates = start_update, self.updates_per_epoch * epochs
+        if updates is not None:
+            self.updates = min(updates, self.updates)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return self.count // self.global_batch
+
+    def __len__(self) -> int:
+        """Micro-batches from `start_update` to the end."""
+        return max(0, self.updates - self.start_update) * (self.share // self.micro_batch)
+
+    def order(self, epoch: int) -> torch.Tensor:
+        """The order of all samples in an epoch, int64 [count]."""
+        seed = int(generator("order", self.seed, epoch).integers(2**62))
+        return torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        current = None
+        for update in range(self.start_update, self.updates):
+            epoch, step = divmod(update, self.updates_per_epoch)
+            if epoch != current:
+                order, current = self.order(epoch), epoch
+            first = step * self.global_batch + self.rank * self.share
+            for start in range(first, first + self.share, self.micro_batch):
+                yield [(epoch, index) for index in order[start : start + self.micro_batch].tolist()]
+
+
+class Unreadable:
+    """Keeps count of unreadable files: each is named once, and too many of them end the run.
+
+    Too many is more than 1% of all samples seen, with 5 to spare: two bad files among the first hundred do not stop a
+    good data set, while a small folder of half-broken images stops within a few batches.
+    """
+
+    LIMIT, SPARE = 0.01, 5
+
+    def __init__(self, output: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)):
+        self.output, self.seen, self.count = output, 0, 0
+        self._named = set()
+
+    def add(self, names: Sequence[str], seen: int) -> None:
+        """Takes the unreadable names met among `seen` more samples. Raises DataError when there are too many."""
+        self.seen, self.count = self.seen + seen, self.count + len(names)
+        for name in names:
+            if name not in self._named:
+                self._named.add(name)
+                self.output(f"unreadable, replaced by another image: {name}")
+        if self.count > self.LIMIT * self.seen + self.SPARE:
+            example = f" (such as {min(self._named)})" if self._named else ""
+            raise DataError(f"{self.count} images could not be read{example} in {self.seen} samples, more than "
+                            f"{self.LIMIT:.0%}: repair or remove them")
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts. A resumed run names a file once more when it meets it again."""
+        return {"seen": self.seen, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seen, self.count = state["seen"], state["count"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes: procedural pictures of which everything is known
+
+
+def _arc(start: float, stop: float, points: int, radius: float = 0.5, center: float = 0.0) -> list[tuple[float, float]]:
+    """Points of a circle around (center, 0), angles in degrees, both ends included."""
+    angles = np.radians(np.linspace(start, stop, points))
+    return [(center + radius * math.cos(a), radius * math.sin(a)) for a in angles]
+
+
+# Each shape is one closed outline of about unit width, y pointing down. The ring is a circle and a smaller one run
+# backwards, joined by a slit of no width.
+OUTLINES = {
+    "circle": _arc(0, 360, 33),
+    "square": [(-0.43, -0.43), (0.43, -0.43), (0.43, 0.43), (-0.43, 0.43)],
+    "triangle": [(0, -0.5), (0.52, 0.42), (-0.52, 0.42)],
+    "diamond": [(0, -0.58), (0.38, 0), (0, 0.58), (-0.38, 0)],
+    "cross": [(-0.17, -0.51), (0.17, -0.51), (0.17, -0.17), (0.51, -0.17), (0.51, 0.17), (0.17, 0.17),
+              (0.17, 0.51), (-0.17, 0.51), (-0.17, 0.17), (-0.51, 0.17), (-0.51, -0.17), (-0.17, -0.17)],
+    "ring": _arc(0, 360, 33) + _arc(360, 0, 25, radius=0.27),
+    "star": [point for a in range(-90, 270, 72) for point in (_arc(a, a, 1, 0.57) + _arc(a + 36, a + 36, 1, 0.24))],
+    "bar": [(-0.55, -0.16), (0.55, -0.16), (0.55, 0.16), (-0.55, 0.16)],
+    "crescent": _arc(42, 318, 25) + _arc(296.4, 63.6, 17, radius=0.3735, center=0.2055),
+    "hexagon": _arc(0, 300, 6),
+}
+PALETTE = {"red": (222, 40, 44), "orange": (250, 134, 20), "yellow": (244, 222, 50), "green": (50, 172, 62),
+           "cyan": (56, 206, 214), "blue": (52, 88, 232), "purple": (152, 58, 204), "white": (238, 238, 238)}
+
+
+@dataclass
+class Object:
+    """One thing in a scene; `box` is [x1, y1, x2, y2] of its visible part, in shares of the picture's side."""
+
+    shape: str
+    color: str
+    box: list[float]
+
+
+@dataclass
+class Scene:
+    """A picture with its truth. `labels` is uint8 [2, H, W]: each pixel's shape (0 nothing, 1-10) and color (0 nothing,
+    11-18). `objects` are in the order of drawing: later ones cover earlier ones. `key` is (seed, index)."""
+
+    image: Image.Image
+    labels: np.ndarray
+    objects: list[Object]
+    name: str
+    key: tuple[int, int]
+
+    @property
+    def conversations(self) -> list[dict]:
+        """Questions with true answers, as rows of a LLaVA conversation file; "kind" is caption, count, color, refer,
+        relation or presence (one yes, one no). What the scene does not allow is left out: the color of a shape that
+        occurs twice, the relation of things that lie too close."""
+        rng, rows = generator("questions", *self.key), []
+        for ask in (_about, _relation, _presence):
+            for kind, question, answer in ask(self.objects, rng):
+                turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+                identity = f"{self.name}-{len(rows)}"
+                rows.append({"id": identity, "image": self.name, "conversations": turns, "kind": kind})
+        return rows
+
+
+class Scenes:
+    """`count` procedural pictures, each 2 to 5 overlapping shapes on a dark texture, from (seed, index) alone; a source
+    for `Images`. Label values 1-10 are SHAPES, 11-18 COLORS. Another seed gives other scenes."""
+
+    SHAPES, COLORS = tuple(OUTLINES), tuple(PALETTE)
+    FINE = 3  # drawn at 3 times the size, then averaged; odd, so that a pixel's centre is the centre of a fine pixel
+    SMALLEST, LARGEST = 0.18, 0.42  # objects, in shares of the picture's side
+    TURN = 15  # degrees, at most
+    VISIBLE = 0.45  # every object keeps at least this share of its area
+
+    def __init__(self, count: int, seed: int, size: int = 64):
+        self.count, self.seed, self.size = count, seed, size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return f"scene-{self.seed}-{index:06d}.png"
+
+    def open(self, index: int) -> Image.Image:
+        return self[index].image
+
+    def __getitem__(self, index: int) -> Scene:
+        if not 0 <= index < self.count:
+            raise IndexError(f"scene {index} of {self.count}")
+        rng = generator("scene", self.seed, index)
+        wanted = int(rng.integers(2, 6))
+        # no two objects agree in shape and color, so that "the red ring" is one thing
+        combinations = rng.permutation(len(self.SHAPES) * len(self.COLORS))[:wanted]
+        kinds = [divmod(int(number), len(self.COLORS)) for number in combinations]
+        fine, seen = self._place([self.SHAPES[shape] for shape, _ in kinds], rng)
+        labels, objects = np.zeros((2, self.size, self.size), np.uint8), []
+        for number, (shape, color) in enumerate(kinds, 1):
+            rows, columns = np.nonzero(seen == number)
+            labels[:, rows, columns] = [[1 + shape], [1 + len(self.SHAPES) + color]]
+            corners = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+            objects.append(Object(self.SHAPES[shape], self.COLORS[color], [float(c) / self.size for c in corners]))
+        image = self._paint(fine, [PALETTE[thing.color] for thing in objects], rng)
+        return Scene(image, labels, objects, self.name(index), (self.seed, index))
+
+    def _place(self, shapes: list[str], rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
+        """Draws object after object, trying another place where too much of one would be hidden.
+
+        Returns the map of which object is seen where (0 none, 1 the first...), as a fine picture and at pixel centres.
+        """
+        side = self.size * self.FINE
+        fine, areas = Image.new("L", (side, side)), np.zeros(1, int)
+        while len(areas) <= len(shapes):
+            outline = self._outline(shapes[len(areas) - 1], rng) * side
+            trial = fine.copy()
+            ImageDraw.Draw(trial).polygon(outline.ravel().tolist(), fill=len(areas))
+            visible = np.asarray(trial.resize((self.size, self.size), Resampling.NEAREST))  # at pixel centres
+            pixels = np.bincount(visible.ravel(), minlength=len(areas) + 1)
+            if (pixels[1:-1] >= self.VISIBLE * areas[1:]).all() and pixels[-1] > 0:
+                fine, seen, areas = trial, visible, np.append(areas, pixels[-1])
+        return fine, seen
+
+    def _outline(self, shape: str, rng: np.random.Generator) -> np.ndarray:
+        """A shape's outline [points, 2], scaled, turned and moved to a random place inside the unit square."""
+        size, angle, *place = rng.random(4)
+        angle = math.radians(self.TURN * (2 * angle - 1))
+        rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+        outline = np.array(OUTLINES[shape]) @ rotation * (self.SMALLEST + (self.LARGEST - self.SMALLEST) * size)
+        low, high = outline.min(0), outline.max(0)
+        return outline - low + np.array(place) * (1 - (high - low))
+
+    def _paint(self, fine: Image.Image, colors: list[tuple[int, int, int]], rng: np.random.Generator) -> Image.Image:
+        """Colors the fine map, averages it down over a soft dark texture, and adds a little noise."""
+        shades = rng.uniform(0.82, 1.08, len(colors))
+        palette = [(0, 0, 0, 0)] + [(*(min(255, round(c * s)) for c in rgb), 255) for rgb, s in zip(colors, shades)]
+        fine.putpalette(bytes(np.array(palette, np.uint8)), "RGBA")
+        objects = fine.convert("RGBA").reduce(self.FINE)  # a pixel's alpha is the share of it that objects cover
+        texture = rng.uniform(12, 62, 3) + rng.uniform(-22, 22, (6, 6, 3))
+        picture = Image.fromarray(texture.clip(0, 255).astype(np.uint8)).resize(objects.size, Resampling.BICUBIC)
+        picture.paste(objects, mask=objects)
+        pixels = np.asarray(picture) + 4 * rng.standard_normal((self.size, self.size, 3), np.float32)
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+# Questions about a scene: (objects, rng) -> (kind, question, answer). The instructions that follow a question are those
+# of the benchmarks (figure 5). A kind of thing is a pair (color, shape), None where it does not matter.
+SHORT = "\nAnswer the question using a single word or phrase."
+Rows = Iterator[tuple[str, str, str]]
+
+
+def _noun(color: str | None, shape: str | None, article: str = "") -> str:
+    """("red", None, "a") -> "a red object"."""
+    noun = " ".join(filter(None, (color, shape or "object")))
+    return f"{article}{'n' if article == 'a' and noun[0] in 'aeiou' else ''} {noun}".strip()
+
+
+def _matching(objects: list[Object], color: str | None, shape: str | None) -> int:
+    return sum(color in (None, thing.color) and shape in (None, thing.shape) for thing in objects)
+
+
+def _one(items: Sequence, rng: np.random.Generator):
+    return items[int(rng.integers(len(items)))]
+
+
+def _about(objects: list[Object], rng: np.random.Generator) -> Rows:
+    nouns = [_noun(o.color, o.shape, "a") for o in sorted(objects, key=lambda o: o.box[0] + o.box[2])]
+    yield "caption", "Describe the image.", f"From left to right: {', '.join(nouns[:-1])} and {nouns[-1]}."
+
+    thing = _one(objects, rng)
+    kind = _one([(None, None), (thing.color, None), (None, thing.shape), (None, _one(Scenes.SHAPES, rng))], rng)
+    plural = _noun(*kind) + ("es" if kind[1] == "cross" else "s")
+    yield "count", f"How many {plural} are there?{SHORT}", str(_matching(objects, *kind))
+
+    single = [o for o in objects if _matching(objects, None, o.shape) == 1]
+    if single:
+        thing = _one(single, rng)
+        yield "color", f"What color is the {thing.shape}?{SHORT}", thing.color
+
+    thing = _one(objects, rng)
+    kinds = [(thing.color, thing.shape), (thing.color, None), (None, thing.shape)]
+    noun = _noun(*_one([kind for kind in kinds if _matching(objects, *kind) == 1], rng), "the")
+    question = f'Please provide the bounding box coordinate of the region this sentence describes: "{noun}"'
+    yield "refer", question, "[" + ", ".join(f"{side:.2f}" for side in thing.box) + "]"
+
+
+def _relation(objects: list[Object], rng: np.random.Generator, margin: float = 0.2) -> Rows:
+    """About two things whose centres lie at least `margin` apart along the axis in question."""
+    pairs = [(a, b, axis) for a, b in permutations(objects, 2) for axis in (0, 1)
+             if (b.box[axis] + b.box[axis + 2] - a.box[axis] - a.box[axis + 2]) / 2 >= margin]
+    if pairs:
+        a, b, axis = _one(pairs, rng)
+        words = [("to the left of", "to the right of"), ("above", "below")][axis]
+        swapped, true = rng.integers(2, size=2)
+        first, second = (b, a) if swapped else (a, b)
+        relation = words[swapped if true else 1 - swapped]
+        subject, other = _noun(first.color, first.shape, "The"), _noun(second.color, second.shape, "the")
+        statement = f"{subject} is {relation} {other}."
+        yield "relation", (f'Based on the image, is this statement "True" or "False"? {statement}\n'
+                           'Respond with "True" or "False" directly.'), str(bool(true))
+
+
+def _presence(objects: list[Object], rng: np.random.Generator) -> Rows:
+    for answer in ("Yes", "No"):
+        by_color, by_shape = _one([(True, False), (False, True), (True, True)], rng)
+        kinds = product(Scenes.COLORS if by_color else [None], Scenes.SHAPES if by_shape else [None])
+        kind = _one([kind for kind in kinds if (_matching(objects, *kind) > 0) == (answer == "Yes")], rng)
+        yield "presence", f"Is there {_noun(*kind, 'a')} in the image?{SHORT}", answer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures of results
+
+
+def grid(images: Sequence[Sequence[Image.Image | np.ndarray]], titles: Sequence[str] | None = None, scale: int = 1,
+         gap: int = 4) -> Image.Image:
+    """A sheet of rows of pictures (PIL, or uint8 [H, W, 3] or [H, W]), enlarged `scale` times, with column titles."""
+    cells = [[Image.fromarray(np.asarray(image)).convert("RGB") for image in row] for row in images]
+    cells = [[cell.resize((cell.width * scale, cell.height * scale), Resampling.NEAREST) for cell in row]
+             for row in cells]
+    font, titles = ImageFont.load_default(), list(titles or [])
+    widths = [max([cell.width for cell in column if cell] + [math.ceil(font.getlength(title))])
+              for *column, title in zip_longest(*cells, titles, fillvalue="")]
+    heights = [max(cell.height for cell in row) for row in cells]
+    lefts = np.cumsum([gap] + [width + gap for width in widths]).tolist()
+    tops = np.cumsum([gap + (16 if titles else 0)] + [height + gap for height in heights]).tolist()
+    sheet = Image.new("RGB", (lefts[-1], tops[-1]), "white")
+    for left, title in zip(lefts, titles):
+        ImageDraw.Draw(sheet).text((left, gap), title, "black", font)
+    for top, row in zip(tops, cells):
+        for left, cell in zip(lefts, row):
+            sheet.paste(cell, (left, top))
+    return sheet
