@@ -53,7 +53,6 @@ def generator(purpose: str, *key: int) -> np.random.Generator:
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # in lower or upper case
 
-
 # What is known of a folder: its modification time in ns (-1: list it again next time), and its images in order, each
 # name followed by a slash: "a.jpg/b.jpg/". Kept end to end, since 13 million Python strings would fill a gigabyte.
 Folder = tuple[int, str]
@@ -515,7 +514,7 @@ def _arc(start: float, stop: float, points: int, radius: float = 0.5, center: fl
 
 # Each shape is one closed outline of about unit width, y pointing down. The ring is a circle and a smaller one run
 # backwards, joined by a slit of no width.
-OUTLINES = {
+OUTLINES = {shape: np.array(points) for shape, points in {
     "circle": _arc(0, 360, 33),
     "square": [(-0.43, -0.43), (0.43, -0.43), (0.43, 0.43), (-0.43, 0.43)],
     "triangle": [(0, -0.5), (0.52, 0.42), (-0.52, 0.42)],
@@ -527,7 +526,7 @@ OUTLINES = {
     "bar": [(-0.55, -0.16), (0.55, -0.16), (0.55, 0.16), (-0.55, 0.16)],
     "crescent": _arc(42, 318, 25) + _arc(296.4, 63.6, 17, radius=0.3735, center=0.2055),
     "hexagon": _arc(0, 300, 6),
-}
+}.items()}
 PALETTE = {"red": (222, 40, 44), "orange": (250, 134, 20), "yellow": (244, 222, 50), "green": (50, 172, 62),
            "cyan": (56, 206, 214), "blue": (52, 88, 232), "purple": (152, 58, 204), "white": (238, 238, 238)}
 
@@ -628,7 +627,7 @@ class Scenes:
         size, angle, *place = rng.random(4)
         angle = math.radians(self.TURN * (2 * angle - 1))
         rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-        outline = np.array(OUTLINES[shape]) @ rotation * (self.SMALLEST + (self.LARGEST - self.SMALLEST) * size)
+        outline = OUTLINES[shape] @ rotation * (self.SMALLEST + (self.LARGEST - self.SMALLEST) * size)
         low, high = outline.min(0), outline.max(0)
         return outline - low + np.array(place) * (1 - (high - low))
 

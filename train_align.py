@@ -168,8 +168,6 @@ def complete(options: Options) -> Options:
         raise ValueError(f"--views {o.views}: choose 1, 2 or 3")
     if o.visible is None:
         o.visible = 0.4 if o.masks == "block" else 0.5
-    if o.image_size and backbone and o.image_size != backbone.image_size and o.image_size % backbone.patch_size:
-        raise ValueError(f"--image-size {o.image_size}: not a multiple of the backbone's patches of {backbone.patch_size} pixels")
     for name in ("epochs", "batch", "lr", "scenes", "val_images", "save_every", "log_every"):
         if getattr(o, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(o, name)}: must be above 0")
@@ -218,9 +216,13 @@ def load_teacher(options: Options, machine: Machine) -> ViT:
     config = vit.BACKBONES.get(options.recipe)
     if options.image_size:
         config = replace(config or vit.load(options.weights).config, image_size=options.image_size)
-        if config.image_size % config.patch_size and config.image_size != vit.BACKBONES.get(options.recipe, config).image_size:
-            raise RunError(f"--image-size {options.image_size}: not a multiple of the patches of {config.patch_size} pixels")
-    return vit.load(options.weights, config).requires_grad_(False)
+    teacher = vit.load(options.weights, config).requires_grad_(False)
+    size, patch = teacher.config.image_size, teacher.config.patch_size
+    if options.image_size and size % patch and size != vit.BACKBONES[options.recipe].image_size:
+        raise RunError(f"--image-size {size}: not a multiple of the backbone's patches of {patch} pixels")
+    if options.target == "cls" and not teacher.config.class_token:
+        raise RunError(f"the target cls: {options.weights} has no class token; choose --target penultimate or last")
+    return teacher
 
 
 def sources(options: Options, size: int) -> tuple[data.ImageFolder | data.Scenes, data.ImageFolder | data.Scenes]:
@@ -236,9 +238,12 @@ class ValidationImages(torch.utils.data.Dataset):
     """Validation images, evenly spaced among those of a source: key -> (uint8 [3, S, S], names that were unreadable)."""
 
     def __init__(self, source: data.ImageFolder | data.Scenes, config: vit.ViTConfig, most: int):
-        prepare = lambda image, rng: data.to_tensor(vit.fit(data.to_rgb(image), config))  # noqa: E731
-        self.images = data.Images(source, prepare, seed=0)
+        self.config, self.images = config, data.Images(source, self.prepare, seed=0)
         self.chosen = np.linspace(0, len(source), min(most, len(source)), endpoint=False).astype(int)
+
+    def prepare(self, image: Image.Image, _: np.random.Generator) -> Tensor:
+        """Resized and centre-cropped as the backbone expects."""
+        return data.to_tensor(vit.fit(data.to_rgb(image), self.config))
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -262,6 +267,18 @@ def draw_masks(options: Options, batch: int, grid: int, *key: int) -> tuple[Tens
     return masks.views(draw[options.masks](), complement, options.views == 3 or options.views == 2 and options.full_view), None
 
 
+def micro_batch(share: int, pairs: bool) -> int:
+    """The largest divisor of a process's share of the batch up to 64; an even one where images are mixed in pairs."""
+    fitting = [d for d in range(1, min(64, share) + 1) if share % d == 0 and (d % 2 == 0 or not pairs)]
+    return max(fitting, default=share)
+
+
+def ignore_signals(_: int) -> None:
+    """In a data process: it is the trainer that answers Ctrl-C and SIGTERM, and that ends its data processes."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def learning_rate(update: int, updates: int, warmup: int, peak: float) -> float:
     """Cosine from the peak to a tenth of it; a warm-up rises linearly from a tenth, inside the cosine (not shifted)."""
     if update < warmup:
@@ -281,32 +298,30 @@ class Run:
         o, m = options, self.machine
         torch.manual_seed(o.seed)  # new weights: the same on every rank
         self.teacher = load_teacher(o, m)
-        self.student = maskembed.make_student(
-            self.teacher, replace(OBJECTIVES[o.objective], target=o.target), o.softcap or None,
-            o.decoder_depth, o.decoder_width, o.decoder_softcap or None, o.reinit_last_block,
-        )  # fmt: skip
-        if o.target == "cls" and not self.teacher.config.class_token:
-            raise RunError(f"--target cls: {o.recipe} has no class token; choose penultimate or last")
+        self.config = self.teacher.config
+        self.student = self.new_student().to(m.device)
         if m.bf16:
             vit.round_linear_weights(self.teacher)
         self.teacher.to(m.device)
-        self.student.to(m.device)
-        self.before = maskembed.make_student(self.teacher, softcap=o.softcap or None).encoder.requires_grad_(False) if m.rank == 0 else None
 
-        self.config = self.teacher.config
         self.train_source, val_source = sources(o, self.config.image_size)
         self.validation = ValidationImages(val_source, self.config, o.val_images)
-        share = o.batch // m.world
-        self.micro = o.micro_batch or max(d for d in range(1, min(64, max(share, 1)) + 1) if share % d == 0 and (not o.mix or d % 2 == 0 or share == 1))
+        self.micro = o.micro_batch or micro_batch(o.batch // m.world, pairs=o.mix is not None)
         plan = self.batches(0)
         self.per_epoch, self.updates = plan.updates_per_epoch, plan.updates
         self.unreadable = data.Unreadable(lambda line: self.say(line))
 
         self.student.encoder.checkpointing = o.checkpointing
+        if self.student.decoder:
+            self.student.decoder.checkpointing = o.checkpointing
         if o.compile:
-            for block in [*self.teacher.blocks, *self.student.encoder.blocks, *getattr(self.student.decoder, "blocks", [])]:
-                block.compile()
-        self.model = DistributedDataParallel(self.student, [m.device] if m.device.type == "cuda" else None) if m.world > 1 else self.student
+            for model in (self.teacher, self.student):
+                for block in [b for b in model.modules() if isinstance(b, vit.Block)]:
+                    block.compile()
+        self.model: nn.Module = self.student
+        if m.world > 1:
+            devices = [m.device] if m.device.type == "cuda" else None
+            self.model = DistributedDataParallel(self.student, devices, gradient_as_bucket_view=True)
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), o.lr, (o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True
         )
@@ -315,12 +330,19 @@ class Run:
         self.stop_signal = 0
         self.bar: tqdm | None = None
 
+    def new_student(self) -> Student:
+        """A student before its first update."""
+        o = self.options
+        return maskembed.make_student(
+            self.teacher, replace(OBJECTIVES[o.objective], target=o.target), o.softcap or None,
+            o.decoder_depth, o.decoder_width, o.decoder_softcap or None, o.reinit_last_block,
+        )  # fmt: skip
+
     def batches(self, start: int) -> data.Batches:
         """The sampler of the run from an update on."""
         o, m = self.options, self.machine
-        return data.Batches(
-            len(self.train_source), o.batch, o.epochs, o.seed, m.rank, m.world, getattr(self, "micro", None), start, o.updates
-        )
+        count = len(self.train_source)
+        return data.Batches(count, o.batch, o.epochs, o.seed, m.rank, m.world, self.micro, start, o.updates)
 
     def loader(self, dataset: torch.utils.data.Dataset, **how: object) -> DataLoader:
         """A loader with this machine's processes."""
@@ -328,8 +350,9 @@ class Run:
         if workers is None:
             workers = min(8, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         return DataLoader(
-            dataset, num_workers=workers, collate_fn=data.collate, pin_memory=self.machine.device.type == "cuda", **how
-        )
+            dataset, num_workers=workers, collate_fn=data.collate, worker_init_fn=ignore_signals,
+            pin_memory=self.machine.device.type == "cuda", **how,
+        )  # fmt: skip
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -422,16 +445,15 @@ class Run:
         images = vit.normalize(pixels.to(self.machine.device), self.config)
         g, p, P = self.config.grid, self.config.patch_size, self.config.num_prefix
         mask, _ = draw_masks(replace(self.options, masks="uniform", views=1), len(pixels), g, 0, 2**40)
+        before = self.new_student().encoder.to(images.device)  # small beside training, and needed here only
         with self.machine.autocast():
-            before, after = (model(images)[:, P:].float() for model in (self.before, self.student.encoder))  # [B, N, D]
-        tokens = torch.cat([before, after]).flatten(0, 1)
-        tokens = tokens - tokens.mean(0)
-        axes = torch.linalg.eigh((tokens.T @ tokens).double())[1][:, -3:].flip(1).float()  # [D, 3]
-        colors = tokens @ axes  # [2 B N, 3]
-        low, high = colors.quantile(torch.tensor([0.02, 0.98], device=colors.device)[:, None], dim=0) if False else (
-            torch.quantile(colors[:: max(1, len(colors) // 4096)], q, dim=0) for q in (0.02, 0.98)
-        )
-        colors = ((colors - low) / (high - low) * 255).clamp(0, 255).byte().view(2, -1, g, g, 3).cpu().numpy()
+            tokens = torch.stack([model(images)[:, P:].float() for model in (before, self.student.encoder)])
+        tokens = tokens.cpu() - tokens.mean((0, 1, 2)).cpu()  # [2, B, N, D]
+        flat = tokens.flatten(0, 2).double()
+        axes = torch.linalg.eigh(flat.T @ flat)[1][:, -3:].flip(1).float()  # [D, 3]
+        colors = (tokens @ axes).numpy()  # [2, B, N, 3]
+        low, high = np.quantile(colors, (0.02, 0.98), axis=(0, 1, 2))
+        colors = (((colors - low) / (high - low)).clip(0, 1) * 255).astype(np.uint8).reshape(2, -1, g, g, 3)
         hidden = F.interpolate(mask.view(-1, 1, g, g), scale_factor=p)  # [B, 1, g p, g p]
         side = max(96, min(pixels.shape[-1], 224))
 
@@ -541,7 +563,9 @@ def start_or_resume(run: Run) -> Path:
             write_atomically(log, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
     elif saved:
         raise RunError(f"{out} holds a run at update {int(saved[-1].stem[7:])}; continue it with --resume, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    elif run.machine.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
     return log
 
 
@@ -552,14 +576,15 @@ def train(options: Options) -> Run:
     log_path = start_or_resume(run)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: (setattr(run, "stop_signal", received), signal.signal(received, signal.SIG_DFL)))
-    if run.update == 0:
+    if not o.resume:
         run.student.target_scale = 1.0 if o.loss == "cosine" else run.validate(scale_only=True)
     if m.rank == 0:
         count = sum(p.numel() for p in run.student.parameters()) / 1e6
         run.say(f"{o.recipe}: {count:.1f}M parameters, {len(run.train_source):,} images, {run.updates:,} updates of {o.batch} "
                 f"({run.micro} at once x {m.world} processes), {'bf16' if m.bf16 else 'fp32'} on {m.device}, writing to {out}")  # fmt: skip
     log = open(log_path, "a", buffering=1) if m.rank == 0 else None
-    run.bar = tqdm(total=run.updates, initial=run.update, desc="aligning", unit="update", disable=m.rank > 0, smoothing=0.05)
+    run.bar = tqdm(total=run.updates, initial=run.update, desc="aligning", unit="update", disable=m.rank > 0, smoothing=0.05,
+                   mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
 
     def record(**values: object) -> None:
         if log:
@@ -575,7 +600,7 @@ def train(options: Options) -> Run:
             run.picture(out / "pictures" / f"update-{run.update:08d}.png")
         run.save_checkpoint(best=better)
 
-    if run.update == 0:
+    if not o.resume:
         validation()
     images = data.Images(run.train_source, data.Augment(run.config.image_size, o.randaugment), o.seed)
     loader = iter(run.loader(images, batch_sampler=run.batches(run.update)))

@@ -1,0 +1,84 @@
+"""masks.py: the distributions are the paper's, and copies of the file work alone."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import masks
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_uniform_is_uniform_in_number_and_place():
+    """p(m) = 1 / (C(N, |m|) (N + 1)): each of the 2^N masks has its exact probability."""
+    N, draws = 4, 200_000
+    m = masks.uniform(draws, N, generator())
+    code = (m * 2 ** torch.arange(N)).sum(1).long()
+    counts = torch.bincount(code, minlength=2**N).double()
+    size = torch.tensor([bin(i).count("1") for i in range(2**N)])
+    binomial = torch.tensor([1, 4, 6, 4, 1])[size]
+    expected = draws / (binomial * (N + 1))
+    chi2 = ((counts - expected) ** 2 / expected).sum()
+    assert chi2 < 37.7  # the 99.9% point of chi-squared with 15 degrees of freedom
+
+
+def test_uniform_is_reproducible_and_binary():
+    a, b = masks.uniform(8, 196, generator(1)), masks.uniform(8, 196, generator(1))
+    assert torch.equal(a, b) and not torch.equal(a, masks.uniform(8, 196, generator(2)))
+    assert a.shape == (8, 196) and a.dtype == torch.float32 and set(a.unique().tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("visible", [0.25, 0.5, 0.75])
+def test_bernoulli(visible: float):
+    m = masks.bernoulli(2000, 100, visible, generator())
+    assert abs(m.mean().item() - visible) < 0.005
+    assert abs(m.sum(1).var().item() / (100 * visible * (1 - visible)) - 1) < 0.1  # patches are independent
+
+
+@pytest.mark.parametrize("grid", [14, 27, (9, 5), 4, 2])
+def test_block_reveals_rectangles_up_to_the_share(grid):
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    m = masks.block(200, grid, 0.4, generator())
+    share = m.mean(1)
+    assert m.shape == (200, rows * columns)
+    assert share.min() >= 0.4 and share.max() <= 0.95
+    image = m.view(-1, rows, columns)
+    inside = (image[:, 1:, :] == image[:, :-1, :]).float().mean()  # neighbours agree more often than by chance
+    assert grid in (4, 2) or inside > 0.8
+
+
+def test_block_needs_a_share():
+    with pytest.raises(ValueError, match="visible is 0"):
+        masks.block(1, 14, 0.0)
+
+
+def test_windows_are_rectangles_of_3_to_14_patches():
+    boxes = masks.windows(5000, 16, generator())
+    top, left, height, width = boxes.T
+    assert height.min() == 3 and height.max() == 14 and width.min() == 3 and width.max() == 14
+    assert top.min() == 0 and left.min() == 0 and (top + height).max() == 16 and (left + width).max() == 16
+    m = masks.from_windows(boxes, 16).view(-1, 16, 16)
+    assert torch.equal(m.sum((1, 2)).long(), height * width)
+    i = 17
+    assert m[i, top[i] : top[i] + height[i], left[i] : left[i] + width[i]].all()
+    assert masks.windows(100, 2, generator())[:, 2:].eq(2).all()  # a small grid: the whole of it
+
+
+def test_views_are_adjacent():
+    m = masks.uniform(3, 5, generator())
+    v = masks.views(m).view(3, 3, 5)
+    assert torch.equal(v[:, 0], m) and torch.equal(v[:, 1], 1 - m) and v[:, 2].eq(1).all()
+    assert masks.views(m, complement=False).shape == (6, 5) and masks.views(m, False, False).equal(m)
+    assert masks.views(m, full=False).view(3, 2, 5).sum(1).eq(1).all()
+
+
+def test_works_when_copied_alone(tmp_path: Path):
+    shutil.copy(masks.__file__, tmp_path)
+    code = "import masks; assert masks.views(masks.uniform(2, 9)).shape == (6, 9)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
