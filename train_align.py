@@ -213,13 +213,13 @@ class Machine:
 
 def load_teacher(options: Options, machine: Machine) -> ViT:
     """The frozen pre-trained model."""
-    config = vit.BACKBONES.get(options.recipe)
-    if options.image_size:
-        config = replace(config or vit.load(options.weights).config, image_size=options.image_size)
+    config, size = vit.BACKBONES.get(options.recipe), options.image_size
+    if size:
+        config = config or vit.load(options.weights).config
+        if size % config.patch_size and size != config.image_size:
+            raise RunError(f"--image-size {size}: not a multiple of the backbone's patches of {config.patch_size} pixels")
+        config = replace(config, image_size=size)
     teacher = vit.load(options.weights, config).requires_grad_(False)
-    size, patch = teacher.config.image_size, teacher.config.patch_size
-    if options.image_size and size % patch and size != vit.BACKBONES[options.recipe].image_size:
-        raise RunError(f"--image-size {size}: not a multiple of the backbone's patches of {patch} pixels")
     if options.target == "cls" and not teacher.config.class_token:
         raise RunError(f"the target cls: {options.weights} has no class token; choose --target penultimate or last")
     return teacher

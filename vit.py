@@ -312,7 +312,7 @@ def relative_positions(grid: int, device: torch.device) -> Tensor:
 
 def activation(name: str, x: Tensor) -> Tensor:
     """GELU, or OpenAI's QuickGELU x * sigmoid(1.702 x)."""
-    return F.gelu(x) if name == "gelu" else x * torch.sigmoid(1.702 * x)
+    return F.gelu(x) if name == "gelu" else F.silu(1.702 * x) / 1.702  # keeps one tensor for the backward pass, not two
 
 
 class Mlp(nn.Module):

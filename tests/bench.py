@@ -5,8 +5,14 @@ what is reported are ratios of medians (`interleave`). Each benchmark is a funct
 """
 
 import argparse
+import copy
+import ctypes
+import functools
+import importlib.util
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -15,10 +21,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 import data as pictures  # the name `data` is a benchmark here
+import train_align
+import vit
 
 THREADS = 2
 
@@ -113,8 +124,160 @@ def index() -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Alignment: a whole update, attention, loading
 
-SUITES: dict[str, list[Callable[[], list[str]]]] = {"align": [data, index]}
+
+def vit_b16() -> vit.ViTConfig:
+    """The plain ViT-B/16 @224."""
+    return vit.BACKBONES["in1k-vit-b"]
+
+
+def our_update(folder: str, precision: str, *flags: str) -> Callable[[], object]:
+    """train_align.py's own update of ViT-B/16 @224 on 8 images with 3 views, random weights."""
+    weights = os.path.join(folder, "vit-b.safetensors")
+    if not os.path.exists(weights):
+        torch.manual_seed(0)
+        vit.save(vit.ViT(vit_b16()), weights)
+    argv = f"--weights {weights} --out {folder} --scenes 8 --batch 8 --precision {precision}".split()
+    run = train_align.Run(train_align.parse([*argv, *flags]))
+    run.updates = 10**6
+    pixels = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8)
+    return lambda: run.train_update([pixels])
+
+
+def timm_update(precision: str) -> Callable[[], object]:
+    """The same update written with timm's modules, as the method's authors have it."""
+    import timm
+    from timm.models.vision_transformer import Attention, Block
+
+    class Capped(Attention):
+        def forward(self, x, *_, **__):
+            B, T, D = x.shape
+            q, k, v = self.qkv(x).reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            logits = 30 * torch.tanh(q * self.scale @ k.mT / 30)
+            return self.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(B, T, D))
+
+    torch.manual_seed(0)
+    teacher = timm.create_model("vit_base_patch16_224.augreg_in21k_ft_in1k", num_classes=0)
+    encoder = copy.deepcopy(teacher)
+    encoder.norm = nn.LayerNorm(768, eps=1e-5)
+    for block in encoder.blocks:
+        block.attn.__class__ = Capped
+    teacher.blocks = teacher.blocks[:-1]
+    teacher.eval().requires_grad_(False)
+    head, norm = nn.Linear(768, 768), functools.partial(nn.LayerNorm, eps=1e-5)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    blocks = [Block(768, 12, qkv_bias=True, init_values=1e-6, norm_layer=norm) for _ in range(2)]
+    decoder = nn.Sequential(*blocks, norm(768), nn.Linear(768, 768))
+    positions = nn.Parameter(torch.randn(1, 197, 768) * 0.02)
+    parameters = [*encoder.parameters(), *head.parameters(), *decoder.parameters(), positions]
+    optimizer = torch.optim.AdamW(parameters, 3e-4, (0.9, 0.95), weight_decay=0.01, fused=True)
+    images, u = torch.randn(8, 3, 224, 224), torch.rand(8, 197)
+    mask = (u[:, 1:] > u[:, :1]).float()
+    mask = torch.stack([mask, 1 - mask, torch.ones_like(mask)], 1)  # [B, V, N]
+
+    def step():
+        visible = F.interpolate(mask.view(8, 3, 14, 14), scale_factor=16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with torch.no_grad():
+                target = teacher.forward_features((images[:, None] * visible[:, :, None]).flatten(0, 1))
+            tokens = head(encoder.forward_features(images))
+            tokens = (tokens[:, None] * F.pad(mask, (1, 0))[..., None]).flatten(0, 1)
+            prediction = decoder(tokens + positions)
+            loss = F.mse_loss(prediction.float(), target.float())
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def update() -> list[str]:
+    """A whole update of ViT-B/16 @224, 8 images, 3 views, 2.01 TFLOP, against the rate of a matrix product."""
+    rows = []
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            functions = {"product": lambda: [a @ b for _ in range(8)], "ours": our_update(folder, precision)}
+            if shutil.which("g++"):
+                functions["ours --compile"] = our_update(folder, precision, "--compile")
+            if importlib.util.find_spec("timm"):
+                functions["timm's modules"] = timm_update(precision)
+            median = interleave(functions, 5)
+        rate = 8 * 2 * 2048**3 / median.pop("product")
+        for name, took in median.items():
+            rows.append(f"update {precision}, {name}: {took:.2f} s, {2.01e12 / took / rate:.0%} of the product's rate")
+    return rows
+
+
+def peak_memory() -> int:
+    """The most memory this process has had since it was last asked to forget, in bytes."""
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
+
+def softcap() -> list[str]:
+    """Soft-capped attention, forward and backward, 4 x 729 tokens, 16 heads of 72, float32, against its definition."""
+    q, k, v = (torch.randn(4, 16, 729, 72, requires_grad=True) for _ in range(3))
+    gradient = torch.randn(4, 16, 729, 72)
+    ways = {"definition": vit.softcap_attention_plain, "ours": vit.attention, "uncapped, fused": vit.attention}
+    functions, memory = {}, {}
+    for name, way in ways.items():
+        cap = None if name.startswith("uncapped") else 30.0
+        functions[name] = lambda way=way, cap=cap: torch.autograd.grad(way(q, k, v, cap), (q, k, v), gradient)
+        functions[name]()
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left free is not held
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
+        before = peak_memory()
+        functions[name]()
+        memory[name] = (peak_memory() - before) / 2**20
+    median = interleave(functions, 7)
+    return [
+        f"softcap {name}: {took * 1e3:.0f} ms, {took / median['definition']:.2f} of the definition's time; "
+        f"{memory[name]:.0f} MiB, {memory[name] / memory['definition']:.2f} of its memory"
+        for name, took in median.items()
+    ]
+
+
+# Each runs in a process of its own, so that the peak is its own.
+WRITE_SO400M = """
+import sys, torch, vit
+with torch.device("meta"):
+    model = vit.ViT(vit.BACKBONES["siglip-so400m-384"])
+model.to_empty(device="cpu")
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.uniform_(-0.05, 0.05)
+vit.save_tensors(model.state_dict(), sys.argv[1], {})
+"""
+LOAD_SO400M = """
+import sys, time, torch, vit
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+torch.ones(256, 256) @ torch.ones(256, 256)  # the matrix library is there before the count begins
+before, start = peak(), time.perf_counter()
+model = vit.load(sys.argv[1], "siglip-so400m-384")
+print(peak() - before, time.perf_counter() - start)
+"""
+
+
+def load() -> list[str]:
+    """vit.load of SigLIP SO400M @384 in timm's layout (random weights): peak memory over the file's size, seconds."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(THREADS)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "so400m.safetensors"
+        subprocess.run([sys.executable, "-c", WRITE_SO400M, path], env=environment, check=True)
+        size = path.stat().st_size
+        command = [sys.executable, "-c", LOAD_SO400M, path]
+        runs = [subprocess.run(command, env=environment, check=True, capture_output=True).stdout.split() for _ in range(3)]
+    memory, took = max(float(run[0]) for run in runs), statistics.median(float(run[1]) for run in runs)
+    return [f"load   file of {size / 1e9:.2f} GB: peak {memory / size:.3f} x the file, {took:.1f} s from the page cache"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+SUITES: dict[str, list[Callable[[], list[str]]]] = {"align": [update, softcap, load, data, index]}
 
 
 def main() -> None:
