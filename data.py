@@ -12,6 +12,7 @@ it (which rank, which worker, how often the run was interrupted). `generator` is
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -22,8 +23,9 @@ import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations, product, zip_longest
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -503,6 +505,163 @@ class Unreadable:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Segmentation: pictures with a class for every pixel (section 4.1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a data set keeps each part's images, their annotations (the same names, .png), and its class names."""
+
+    images: str
+    annotations: str
+    parts: dict[str, str]  # "train" and "val" -> what stands for {} in the two folders
+    names: str
+    shift: int = 0  # an annotated v means class (v + shift) mod 256
+    groups: dict[str, range] = field(default_factory=dict)  # kinds of classes that are reported apart
+
+
+PARTS = {"train": "train", "val": "val"}
+LAYOUTS = {
+    "COCO-Stuff": Layout("{}2017", "stuffthingmaps_trainval2017/{}2017", PARTS, "labels.txt", 1,
+                         {"things": range(1, 92), "stuff": range(92, 183)}),
+    "ADE20k": Layout("images/{}", "annotations/{}", {"train": "training", "val": "validation"}, "objectInfo150.txt"),
+    "a plain folder": Layout("images/{}", "labels/{}", PARTS, "labels.txt"),
+}
+
+
+class Labelled(NamedTuple):
+    """A square RGB picture and the class of each of its pixels: uint8 [1, S, S], maps first as in `Scene.labels`."""
+
+    image: Image.Image
+    labels: np.ndarray
+
+
+class Segmentation:
+    """One part ("train" or "val") of a data set with label maps, each picture at size x size: a sequence of `Labelled`.
+
+    root: a folder as COCO-Stuff and ADE20k distribute theirs, or one with images/train, images/val, labels/train,
+    labels/val (PNG files, one value a pixel) and labels.txt (a line "3: sky" for each class).
+    `names` are those of the classes, `groups` the kinds of classes: {"things": range(1, 92), ...}, {} where unknown.
+
+    Raises DataError when a folder, an annotation or the names are missing; an item does when a file cannot be read,
+    an annotation has another shape than its image, or it holds a value that has no name.
+    """
+
+    def __init__(self, root: str | os.PathLike, part: str, size: int):
+        root, self.size = os.fspath(root), size
+        for self.layout in LAYOUTS.values():
+            of_part = self.layout.parts[part]
+            images, self.annotations = (os.path.join(root, *folder.format(of_part).split("/"))
+                                        for folder in (self.layout.images, self.layout.annotations))
+            if os.path.isdir(images) and os.path.isdir(self.annotations):
+                break
+        else:
+            wanted = "; ".join(f"{name}: {layout.images.format(layout.parts[part])}, "
+                               f"{layout.annotations.format(layout.parts[part])}, {layout.names}"
+                               for name, layout in LAYOUTS.items())
+            raise DataError(f"{root}: holds no {part} images with label maps; it should hold, for {wanted}")
+        self.names, groups = read_class_names(os.path.join(root, self.layout.names))
+        self.groups = self.layout.groups or groups
+        self.images = ImageFolder(images)
+        there = {os.path.join(folder, name) for folder, _, names in os.walk(self.annotations) for name in names}
+        missing = [i for i in range(len(self)) if self._annotation(i) not in there]
+        if missing:
+            raise DataError(f"{self._annotation(missing[0])}: is missing, the annotation of {self.images.name(missing[0])} "
+                            f"({len(missing)} of {len(self)} images have none): add it, or remove the image")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _annotation(self, index: int) -> str:
+        return os.path.join(self.annotations, os.path.splitext(self.images.name(index))[0] + ".png")
+
+    def __getitem__(self, index: int) -> Labelled:
+        paths = os.path.join(self.images.root, self.images.name(index)), self._annotation(index)
+        opened = []
+        for path in paths:
+            try:
+                opened.append(Image.open(path))
+                opened[-1].load()
+            except Exception as error:  # on damaged files Pillow raises nearly every kind
+                raise DataError(f"{path}: cannot be read ({type(error).__name__}): repair it, or remove it and its "
+                                "counterpart") from None
+        image, annotation = opened  # neither is turned upright by its EXIF data: maps are drawn over the stored pixels
+        if annotation.mode not in ("L", "P"):
+            raise DataError(f"{paths[1]}: is of mode {annotation.mode}; a label map has one byte a pixel")
+        (width, height), (across, down) = image.size, annotation.size
+        if abs(width * down - height * across) > max(width, height, across, down):  # beyond rounding
+            raise DataError(f"{paths[1]}: is {across} x {down}, but its image {width} x {height}: another shape")
+        labels = (np.asarray(centre_square(annotation, self.size, Resampling.NEAREST)) + np.uint8(self.layout.shift))
+        if labels.max() >= len(self.names):
+            raise DataError(f"{paths[1]}: holds class {labels.max()}, but {self.layout.names} ends at {len(self.names) - 1}")
+        return Labelled(centre_square(to_rgb(image), self.size, Resampling.BILINEAR), labels[None])
+
+
+def centre_square(image: Image.Image, size: int, resample: Resampling) -> Image.Image:
+    """The largest centre square, resized to size x size."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize((size, size), resample, (left, top, left + side, top + side))
+
+
+def read_class_names(path: str) -> tuple[list[str], dict[str, range | list[int]]]:
+    """Class names by number, and the kinds of classes where the file tells: from COCO-Stuff's labels.txt ("1: person")
+    or ADE20k's objectInfo150.txt (a table: its numbers start at 1, its names come last; 0 is unlabeled)."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file if line.strip()]
+        if lines[0].startswith("Idx"):
+            columns = lines[0].split()
+            rows = [dict(zip(columns, line.split(maxsplit=len(columns) - 1))) for line in lines[1:]]
+            names = {0: "unlabeled"} | {int(row["Idx"]): row["Name"] for row in rows}
+            stuff = {number for number, row in enumerate(rows, 1) if row.get("Stuff") == "1"}
+            groups = {"things": sorted(names.keys() - stuff - {0}), "stuff": sorted(stuff)} if stuff else {}
+        else:
+            names = {int(number): name.strip() for number, name in (line.split(":", 1) for line in lines)}
+            groups = {}
+    except OSError:
+        raise DataError(f"{path}: is missing; this file has the names of the classes") from None
+    except (ValueError, KeyError, IndexError):
+        raise DataError(f'{path}: is no list of classes, lines such as "3: sky"') from None
+    if not 0 <= min(names) <= max(names) < 256:
+        raise DataError(f"{path}: has classes {min(names)} to {max(names)}; label maps hold 0 to 255")
+    return [names.get(number, f"class {number}") for number in range(max(names) + 1)], groups
+
+
+@functools.cache
+def _slots(grid: int, patch: int, classes: int) -> np.ndarray:
+    """For each pixel of grid x grid patches the first of its patch's slots in a flat [N * classes]: [S, S]."""
+    row = np.arange(grid * patch) // patch
+    return (row[:, None] * grid + row) * classes
+
+
+def union(labels: np.ndarray, patch: int, classes: int) -> np.ndarray:
+    """Label of a patch: the set of classes of its pixels. "Unlabeled" (0) counts only where it is the only one.
+
+    labels: uint8 [maps, S, S], below `classes` -> bool [N, classes]. Pixels beyond the last whole patch are left out.
+    """
+    grid = labels.shape[-1] // patch
+    there = np.zeros(grid**2 * classes, bool)
+    for one in labels:  # each pixel ticks its class in its patch: no loop over patches
+        there[_slots(grid, patch, classes) + one[: grid * patch, : grid * patch]] = True
+    there = there.reshape(grid**2, classes)
+    there[:, 0] &= ~there[:, 1:].any(1)
+    return there
+
+
+def majority(labels: np.ndarray, patch: int, classes: int) -> np.ndarray:
+    """Label of a patch: the most common class of its pixels (ties: the smallest) in the first map. uint8 [N]."""
+    grid = labels.shape[-1] // patch
+    slots = _slots(grid, patch, classes) + labels[0, : grid * patch, : grid * patch]
+    return np.bincount(slots.ravel(), minlength=grid**2 * classes).reshape(grid**2, classes).argmax(1).astype(np.uint8)
+
+
+def global_union(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Label of an image: the set of classes of its pixels, 0 among them. uint8 [maps, S, S] -> bool [classes]."""
+    return np.bincount(labels.ravel(), minlength=classes) > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Scenes: procedural pictures of which everything is known
 
 
@@ -570,6 +729,8 @@ class Scenes:
     for `Images`. Label values 1-10 are SHAPES, 11-18 COLORS. Another seed gives other scenes."""
 
     SHAPES, COLORS = tuple(OUTLINES), tuple(PALETTE)
+    names = ["nothing", *SHAPES, *COLORS]  # and `groups`: as in `Segmentation`
+    groups = {"shapes": range(1, 1 + len(SHAPES)), "colors": range(1 + len(SHAPES), 1 + len(SHAPES) + len(COLORS))}
     FINE = 3  # drawn at 3 times the size, then averaged; odd, so that a pixel's centre is the centre of a fine pixel
     SMALLEST, LARGEST = 0.18, 0.42  # objects, in shares of the picture's side
     TURN = 15  # degrees, at most

@@ -104,7 +104,9 @@ class Decoder(nn.Module):
         super().__init__()
         width, head_dim = width or encoder.embed_dim, encoder.embed_dim // encoder.num_heads
         if width % head_dim:
-            raise ValueError(f"decoder width {width}: must be a multiple of the {head_dim} channels of an attention head")
+            raise ValueError(
+                f"decoder width {width}: must be a multiple of the {head_dim} channels of an attention head"
+            )
         self.options = {"depth": depth, "width": width, "softcap": softcap}
         config = replace(
             encoder, family="vit", embed_dim=width, num_heads=width // head_dim, depth=depth, mlp_ratio=4.0,
@@ -266,9 +268,16 @@ def load(path: str | Path, config: str | ViTConfig | None = None) -> Student:
     elif "decoder.pos_embed" in names:
         depth = len({name.split(".")[2] for name in names if name.startswith("decoder.blocks.")})
         width = tensors[names["decoder.pos_embed"]].shape[-1]
-        about = {"decoder": {"depth": depth, "width": width}, "head": True, "target": "penultimate", "target_scale": 1.0}
+        about = {
+            "decoder": {"depth": depth, "width": width},
+            "head": True,
+            "target": "penultimate",
+            "target_scale": 1.0,
+        }
     else:
-        raise vit.WeightsError(f"{path}: holds a backbone but no head and decoder; give a file that train_align.py wrote")
+        raise vit.WeightsError(
+            f"{path}: holds a backbone but no head and decoder; give a file that train_align.py wrote"
+        )
     decoder = about["decoder"] if isinstance(about["decoder"], str) else Decoder(encoder.config, **about["decoder"])
     width = encoder.config.embed_dim if isinstance(decoder, str) else decoder.options["width"]
     head = nn.Linear(encoder.config.embed_dim, width) if about["head"] else nn.Identity()

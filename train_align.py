@@ -21,9 +21,11 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -68,7 +70,9 @@ class Options:
     val_images: int = option(10000, "validate on at most so many images")
     scenes: int = option(6400, "how many built-in scenes make an epoch")
     out: str = option("runs/align", "where everything is written", machine=True)
-    resume: str | None = option(None, "continue from the newest checkpoint in --out, or from the file given", machine=True)
+    resume: str | None = option(
+        None, "continue from the newest checkpoint in --out, or from the file given", machine=True
+    )
 
     objective: str = option("maskembed", "the method, or a baseline of its family", choices=tuple(OBJECTIVES))
     target: str | None = option(None, "what the student reconstructs", choices=maskembed.TARGETS)
@@ -95,10 +99,14 @@ class Options:
     clip: float = option(1.0, "largest norm of the gradient")
     mix: str | None = option(None, "mix neighbouring images", choices=("mixup", "cutmix"))
     randaugment: bool = option(False, "RandAugment on the training images")
-    in1k: bool = option(False, "the recipe for ImageNet-1k (25 or 50 epochs, warm-up) instead of ImageNet-21k's 5 epochs")
+    in1k: bool = option(
+        False, "the recipe for ImageNet-1k (25 or 50 epochs, warm-up) instead of ImageNet-21k's 5 epochs"
+    )
     seed: int = option(0, "of samples, masks, augmentation and new weights")
 
-    micro_batch: int | None = option(None, "images at once on a process; default: the largest that fits 64", machine=True)
+    micro_batch: int | None = option(
+        None, "images at once on a process; default: the largest that fits 64", machine=True
+    )
     precision: str = option("auto", "auto: bf16 where the device has it", choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile each block", machine=True)
     checkpointing: bool = option(False, "recompute activations instead of keeping them", machine=True)
@@ -123,16 +131,23 @@ def recipe(name: str, in1k: bool) -> dict[str, object]:
 
 def parse(argv: list[str] | None = None) -> Options:
     """Flags -> Options, complete and checked. A mistake in the flags exits with status 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     for f in fields(Options):
-        flag, kind = "--" + f.name.replace("_", "-"), str(f.type).split(" |")[0].removeprefix("<class '").removesuffix("'>")
+        flag, kind = (
+            "--" + f.name.replace("_", "-"),
+            str(f.type).split(" |")[0].removeprefix("<class '").removesuffix("'>"),
+        )
         if kind == "bool":
             parser.add_argument(flag, action="store_true", help=f.metadata["help"])
         elif f.name == "resume":
             parser.add_argument(flag, nargs="?", const="newest", help=f.metadata["help"])
         else:
             convert = {"int": int, "float": float, "str": str}[kind]
-            parser.add_argument(flag, type=convert, default=f.default, choices=f.metadata["choices"], help=f.metadata["help"])
+            parser.add_argument(
+                flag, type=convert, default=f.default, choices=f.metadata["choices"], help=f.metadata["help"]
+            )
     options = Options(**vars(parser.parse_args(argv)))
     try:
         return complete(options)
@@ -217,7 +232,9 @@ def load_teacher(options: Options, machine: Machine) -> ViT:
     if size:
         config = config or vit.load(options.weights).config
         if size % config.patch_size and size != config.image_size:
-            raise RunError(f"--image-size {size}: not a multiple of the backbone's patches of {config.patch_size} pixels")
+            raise RunError(
+                f"--image-size {size}: not a multiple of the backbone's patches of {config.patch_size} pixels"
+            )
         config = replace(config, image_size=size)
     teacher = vit.load(options.weights, config).requires_grad_(False)
     if options.target == "cls" and not teacher.config.class_token:
@@ -228,14 +245,16 @@ def load_teacher(options: Options, machine: Machine) -> ViT:
 def sources(options: Options, size: int) -> tuple[data.ImageFolder | data.Scenes, data.ImageFolder | data.Scenes]:
     """Where training and validation images come from."""
     if not options.data:
-        return data.Scenes(options.scenes, options.seed, size), data.Scenes(min(options.val_images, 512), 10**6 + options.seed, size)
+        return data.Scenes(options.scenes, options.seed, size), data.Scenes(
+            min(options.val_images, 512), 10**6 + options.seed, size
+        )
     if options.val:
         return data.ImageFolder(options.data), data.ImageFolder(options.val)
     return tuple(data.ImageFolder(options.data, part, options.val_share) for part in ("train", "val"))
 
 
 class ValidationImages(torch.utils.data.Dataset):
-    """Validation images, evenly spaced among those of a source: key -> (uint8 [3, S, S], names that were unreadable)."""
+    """Validation images, evenly spaced among those of a source: i -> (uint8 [3, S, S], names that were unreadable)."""
 
     def __init__(self, source: data.ImageFolder | data.Scenes, config: vit.ViTConfig, most: int):
         self.config, self.images = config, data.Images(source, self.prepare, seed=0)
@@ -264,7 +283,8 @@ def draw_masks(options: Options, batch: int, grid: int, *key: int) -> tuple[Tens
         "block": lambda: masks.block(batch, grid, options.visible, generator),
     }
     complement = options.views == 3 or (options.views == 2 and not options.full_view)
-    return masks.views(draw[options.masks](), complement, options.views == 3 or options.views == 2 and options.full_view), None
+    full = options.views == 3 or (options.views == 2 and options.full_view)
+    return masks.views(draw[options.masks](), complement, full), None
 
 
 def micro_batch(share: int, pairs: bool) -> int:
@@ -299,6 +319,7 @@ class Run:
         torch.manual_seed(o.seed)  # new weights: the same on every rank
         self.teacher = load_teacher(o, m)
         self.config = self.teacher.config
+        self.fingerprint = sum(p.double().abs().sum().item() for p in self.teacher.parameters())
         self.student = self.new_student().to(m.device)
         if m.bf16:
             vit.round_linear_weights(self.teacher)
@@ -326,8 +347,9 @@ class Run:
             self.student.parameters(), o.lr, (o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True
         )
         self.update, self.skipped, self.skipped_in_row = 0, 0, 0
-        self.best = self.first = math.inf
-        self.stop_signal = 0
+        self.best = self.first = self.last = math.inf  # validation losses
+        self.received = self.stop_signal = 0  # a signal that came to this process; one that all processes know of
+        self.log: TextIO | None = None
         self.bar: tqdm | None = None
 
     def new_student(self) -> Student:
@@ -357,6 +379,11 @@ class Run:
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         self.bar.write(text, file=sys.stderr) if self.bar else print(text, file=sys.stderr, flush=True)
+
+    def record(self, **values: object) -> None:
+        """A line of log.jsonl, on the first process."""
+        if self.log:
+            print(json.dumps({"update": self.update, **values}), file=self.log)
 
     def targets(self, images: Tensor, masks: Tensor, windows: Tensor | None) -> Tensor:
         """The teacher's answer, scaled."""
@@ -389,8 +416,9 @@ class Run:
                 (loss / count).backward()
             total += loss.detach() / count
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), o.clip).item()
-        loss, stop = m.sum(total.item() / m.world, float(self.stop_signal))
-        self.stop_signal = self.stop_signal or int(stop)
+        loss, stop, unreadable = m.sum(total.item() / m.world, self.received, self.unreadable.count)
+        if stop:
+            self.stop_signal = self.received or signal.SIGTERM
         if math.isfinite(norm) and math.isfinite(loss):
             self.optimizer.step()
             self.skipped_in_row = 0
@@ -403,7 +431,7 @@ class Run:
                 f"update {self.update}: the loss or gradient was not finite for 20 updates in a row; "
                 f"resume from an earlier checkpoint with a lower --lr"
             )
-        return {"loss": loss, "lr": lr, "grad_norm": norm}
+        return {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": self.skipped, "unreadable": int(unreadable)}
 
     @torch.no_grad()
     def validate(self, scale_only: bool = False) -> float:
@@ -416,7 +444,8 @@ class Run:
         fixed, windows = draw_masks(o, len(self.validation), self.config.grid, 0, 2**40)
         fixed = fixed.view(len(self.validation), -1, fixed.shape[1])
         scale, total, count, start = maskembed.TargetScale(), 0.0, 0, 0
-        for pixels, names in self.loader(Subset(self.validation, mine), batch_size=self.micro):
+        loader = self.loader(Subset(self.validation, mine), batch_size=self.micro)
+        for pixels, names in tqdm(loader, "validating", leave=False, disable=m.rank > 0 or not sys.stderr.isatty()):
             self.unreadable.add(names, len(pixels))
             chosen = torch.tensor(mine[start : start + len(pixels)])
             start += len(pixels)
@@ -435,6 +464,18 @@ class Run:
         total, count = m.sum(total, count)
         return total / count
 
+    def check(self) -> None:
+        """Validate, draw the picture, save a checkpoint."""
+        self.last = self.validate()
+        self.first = self.last if self.update == 0 else self.first
+        better, self.best = self.last < self.best, min(self.last, self.best)
+        self.record(epoch=self.update / self.per_epoch, val_loss=self.last)
+        if self.machine.rank == 0:
+            since = f" (at the start {self.first:.4f})" if self.update else ""
+            self.say(f"update {self.update}: validation loss {self.last:.4f}{since}")
+            self.picture(Path(self.options.out) / "pictures" / f"update-{self.update:08d}.png")
+        self.save_checkpoint(better)
+
     # The picture ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -445,9 +486,10 @@ class Run:
         images = vit.normalize(pixels.to(self.machine.device), self.config)
         g, p, P = self.config.grid, self.config.patch_size, self.config.num_prefix
         mask, _ = draw_masks(replace(self.options, masks="uniform", views=1), len(pixels), g, 0, 2**40)
-        before = self.new_student().encoder.to(images.device)  # small beside training, and needed here only
+        before = maskembed.make_student(self.teacher, OBJECTIVES[self.options.objective], self.options.softcap or None)
+        encoders = before.encoder.to(images.device), self.student.encoder
         with self.machine.autocast():
-            tokens = torch.stack([model(images)[:, P:].float() for model in (before, self.student.encoder)])
+            tokens = torch.stack([model(images)[:, P:].float() for model in encoders])
         tokens = tokens.cpu() - tokens.mean((0, 1, 2)).cpu()  # [2, B, N, D]
         flat = tokens.flatten(0, 2).double()
         axes = torch.linalg.eigh(flat.T @ flat)[1][:, -3:].flip(1).float()  # [D, 3]
@@ -455,18 +497,14 @@ class Run:
         low, high = np.quantile(colors, (0.02, 0.98), axis=(0, 1, 2))
         colors = (((colors - low) / (high - low)).clip(0, 1) * 255).astype(np.uint8).reshape(2, -1, g, g, 3)
         hidden = F.interpolate(mask.view(-1, 1, g, g), scale_factor=p)  # [B, 1, g p, g p]
-        side = max(96, min(pixels.shape[-1], 224))
-
-        def cell(array: np.ndarray, how: Image.Resampling) -> Image.Image:
-            return Image.fromarray(array).resize((side, side), how)
-
+        side, smooth, sharp = max(96, min(pixels.shape[-1], 224)), Image.Resampling.BICUBIC, Image.Resampling.NEAREST
         rows = []
         for i, image in enumerate(pixels):
             whole = image.permute(1, 2, 0).numpy()
             seen = np.full_like(whole, 128)
             seen[: g * p, : g * p] = np.where(hidden[i, 0, ..., None].numpy() > 0, whole[: g * p, : g * p], 128)
-            rows.append([cell(whole, Image.Resampling.BICUBIC), cell(seen, Image.Resampling.NEAREST)]
-                        + [cell(c[i], Image.Resampling.NEAREST) for c in colors])  # fmt: skip
+            cells = [(whole, smooth), (seen, sharp), (colors[0, i], sharp), (colors[1, i], sharp)]
+            rows.append([Image.fromarray(array).resize((side, side), how) for array, how in cells])
         path.parent.mkdir(parents=True, exist_ok=True)
         data.grid(rows, ["image", "a mask", "before", "after"]).save(path)
 
@@ -479,11 +517,10 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"update-{self.update:08d}.pt"
             state = {
-                "options": asdict(self.options), "update": self.update, "skipped": self.skipped,
-                "skipped_in_row": self.skipped_in_row, "first": self.first, "best": self.best,
-                "target_scale": self.student.target_scale, "unreadable": self.unreadable.state_dict(),
-                "images": len(self.train_source), "random_state": torch.get_rng_state(),
+                "options": asdict(self.options), "images": len(self.train_source), "fingerprint": self.fingerprint,
                 "student": self.student.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "target_scale": self.student.target_scale, "unreadable": self.unreadable.state_dict(),
+                "random_state": torch.get_rng_state(), **{name: getattr(self, name) for name in COUNTED},
             }  # fmt: skip
             write_atomically(path, lambda temporary: torch.save(state, temporary))
             if best:
@@ -495,29 +532,37 @@ class Run:
         """Continue from a checkpoint; RunError when it is damaged or of another configuration."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            theirs = state["options"]
+            theirs, counted = state["options"], {name: state[name] for name in COUNTED}
         except FileNotFoundError:
             raise RunError(f"{path}: no such checkpoint") from None
         except Exception as error:  # whatever a damaged file leads to
-            others = [str(other) for other in checkpoints(path.parent) if other != path]
-            hint = f"continue from {others[-1]} with --resume {others[-1]}" if others else "start again in another --out"
-            raise RunError(f"{path}: damaged, it cannot be read ({type(error).__name__}); {hint}") from None
+            others = [other for other in checkpoints(path.parent) if other != path]
+            hint = f"continue with --resume {others[-1]}" if others else "start again in another --out"
+            raise RunError(f"{path}: damaged or of another version ({type(error).__name__}); {hint}") from None
         for f in fields(Options):
             now, then = getattr(self.options, f.name), theirs.get(f.name)
             if not f.metadata["machine"] and now != then:
-                raise RunError(f"{path}: was made with --{f.name.replace('_', '-')} {then}, not {now}; give the same, or another --out")
-        if state["images"] != len(self.train_source):
-            raise RunError(f"{path}: was made with {state['images']} training images, --data now has {len(self.train_source)}")
-        try:
-            self.student.load_state_dict(state["student"])
-        except RuntimeError:
-            raise RunError(f"{path}: holds another backbone than {self.options.weights}; give the same --weights") from None
+                flag = f"--{f.name.replace('_', '-')}"
+                raise RunError(f"{path}: was made with {flag} {then}, not {now}; give the same, or another --out")
+        count = len(self.train_source)
+        if state["images"] != count:
+            raise RunError(
+                f"{path}: was made with {state['images']} training images, not {count}; give the same --data"
+            )
+        if not math.isclose(state["fingerprint"], self.fingerprint, rel_tol=1e-9):
+            raise RunError(
+                f"{path}: was made from another backbone than {self.options.weights}; give the same --weights"
+            )
+        self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.unreadable.load_state_dict(state["unreadable"])
         self.student.target_scale = state["target_scale"]
-        for name in ("update", "skipped", "skipped_in_row", "first", "best"):
-            setattr(self, name, state[name])
+        for name, value in counted.items():
+            setattr(self, name, value)
         torch.set_rng_state(state["random_state"])
+
+
+COUNTED = ("update", "skipped", "skipped_in_row", "first", "best", "last")  # what else a checkpoint keeps of a Run
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -525,7 +570,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("update-*.pt") if re.fullmatch(r"update-\d{8,}\.pt", path.name))
 
 
-def write_atomically(path: Path, write: object) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path), then move the file into place: it appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -549,82 +594,74 @@ def link_atomically(path: Path, target: Path) -> None:
 # The loop
 
 
-def start_or_resume(run: Run) -> Path:
-    """Find out where to begin; returns the path of log.jsonl, cut to what the checkpoint knows."""
+def start_or_resume(run: Run) -> None:
+    """Find out where to begin, and open log.jsonl, cut to what the checkpoint knows of."""
     o, out = run.options, Path(run.options.out)
-    saved = checkpoints(out / "checkpoints")
-    log = out / "log.jsonl"
+    saved, log = checkpoints(out / "checkpoints"), out / "log.jsonl"
+    kept = ""
     if o.resume:
         if o.resume == "newest" and not saved:
             raise RunError(f"--resume: {out / 'checkpoints'} holds no checkpoint; leave --resume out to start")
         run.load_checkpoint(saved[-1] if o.resume == "newest" else Path(o.resume))
-        if run.machine.rank == 0 and log.exists():
-            kept = [line for line in log.read_text().splitlines() if json.loads(line)["update"] <= run.update]
-            write_atomically(log, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        kept = "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["update"] <= run.update)
     elif saved:
-        raise RunError(f"{out} holds a run at update {int(saved[-1].stem[7:])}; continue it with --resume, or choose another --out")
-    elif run.machine.rank == 0:
+        done = int(saved[-1].stem.removeprefix("update-"))
+        raise RunError(f"{out} holds a run at update {done}; continue it with --resume, or choose another --out")
+    if run.machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        log.unlink(missing_ok=True)
-    return log
+        write_atomically(log, lambda temporary: temporary.write_text(kept))
+        run.log = open(log, "a", buffering=1)
+
+
+def catch_signals(run: Run) -> None:
+    """Ctrl-C and SIGTERM let the current update end; the second one ends the process at once."""
+
+    def remember(number: int, _: object) -> None:
+        run.received = number
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, remember)
 
 
 def train(options: Options) -> Run:
-    """The whole procedure: set up, measure the target scale, update and validate, save."""
+    """The whole procedure: set up, measure the targets' scale, update, validate."""
     run = Run(options)
-    o, m, out = options, run.machine, Path(options.out)
-    log_path = start_or_resume(run)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: (setattr(run, "stop_signal", received), signal.signal(received, signal.SIG_DFL)))
-    if not o.resume:
-        run.student.target_scale = 1.0 if o.loss == "cosine" else run.validate(scale_only=True)
+    o, m = options, run.machine
+    start_or_resume(run)
+    catch_signals(run)
     if m.rank == 0:
         count = sum(p.numel() for p in run.student.parameters()) / 1e6
-        run.say(f"{o.recipe}: {count:.1f}M parameters, {len(run.train_source):,} images, {run.updates:,} updates of {o.batch} "
-                f"({run.micro} at once x {m.world} processes), {'bf16' if m.bf16 else 'fp32'} on {m.device}, writing to {out}")  # fmt: skip
-    log = open(log_path, "a", buffering=1) if m.rank == 0 else None
-    run.bar = tqdm(total=run.updates, initial=run.update, desc="aligning", unit="update", disable=m.rank > 0, smoothing=0.05,
-                   mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
-
-    def record(**values: object) -> None:
-        if log:
-            print(json.dumps({"update": run.update, **values}), file=log)
-
-    def validation() -> None:
-        loss = run.validate()
-        run.first = loss if run.update == 0 else run.first
-        better, run.best = loss < run.best, min(loss, run.best)
-        record(epoch=run.update / run.per_epoch, val_loss=loss)
-        if m.rank == 0:
-            run.say(f"update {run.update}: validation loss {loss:.4f}" + (f" (at the start {run.first:.4f})" if run.update else ""))
-            run.picture(out / "pictures" / f"update-{run.update:08d}.png")
-        run.save_checkpoint(best=better)
-
+        run.say(
+            f"{o.recipe}: {count:.1f}M parameters, {len(run.train_source):,} images, {run.updates:,} updates of "
+            f"{o.batch} ({run.micro} at once, {m.world} processes), {'bf16' if m.bf16 else 'fp32'} on {m.device}, into {o.out}"
+        )
+    run.bar = tqdm(
+        total=run.updates, initial=run.update, desc="aligning", unit="update", disable=m.rank > 0,
+        smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30,
+    )  # fmt: skip
     if not o.resume:
-        validation()
+        run.student.target_scale = 1.0 if o.loss == "cosine" else run.validate(scale_only=True)
+        run.check()
     images = data.Images(run.train_source, data.Augment(run.config.image_size, o.randaugment), o.seed)
     loader = iter(run.loader(images, batch_sampler=run.batches(run.update)))
-    clock = time.perf_counter()
+    share, clock = o.batch // m.world, time.perf_counter()
     while run.update < run.updates and not run.stop_signal:
-        micro_batches = [next(loader) for _ in range(o.batch // m.world // run.micro)]
-        values = run.train_update([pixels for pixels, _ in micro_batches])
-        bad = [name for _, names in micro_batches for name in names]
-        run.unreadable.add(bad, o.batch // m.world)
-        now = time.perf_counter()
-        rate, clock = o.batch / (now - clock), now
+        batches = [next(loader) for _ in range(share // run.micro)]
+        run.unreadable.add([name for _, names in batches for name in names], share)
+        values = run.train_update([pixels for pixels, _ in batches])
+        rate, clock = o.batch / (time.perf_counter() - clock), time.perf_counter()
         run.bar.update()
-        run.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s, {m.memory():.1f} GiB" + (f", {run.skipped} skipped" if run.skipped else ""))
+        skipped = f", {run.skipped} skipped" if run.skipped else ""
+        run.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s, {m.memory():.1f} GiB{skipped}")
         if run.update % o.log_every == 0 or run.update == run.updates:
-            record(**values, images_per_s=round(rate, 1), skipped=run.skipped, unreadable=run.unreadable.count)
+            run.record(**values, images_per_s=round(rate, 1))
         if run.update % run.per_epoch == 0 or run.update == run.updates:
-            validation()
+            run.check()
         elif run.update % o.save_every == 0 or run.stop_signal:
             run.save_checkpoint()
     run.bar.close()
-    if run.stop_signal:
-        if m.rank == 0:
-            print(f"stopped at update {run.update} of {run.updates}, saved; continue with the same command and --resume", file=sys.stderr)
-        sys.exit(128 + run.stop_signal)
     return run
 
 
@@ -632,15 +669,14 @@ def finish(run: Run) -> None:
     """Write the aligned model and say what came out."""
     o, path = run.options, Path(run.options.out) / "aligned.safetensors"
     maskembed.save(run.student, path, recipe=o.recipe, objective=o.objective, updates=run.update)
-    last = json.loads(Path(o.out, "log.jsonl").read_text().splitlines()[-1])["val_loss"]
     weights = os.path.relpath(o.weights)
     print(f"""
 | validation loss | start | end | end / start |
 | --- | --- | --- | --- |
-| {o.objective}, {o.loss} | {run.first:.4f} | {last:.4f} | {last / run.first:.3f} |
+| {o.objective}, {o.loss} | {run.first:.4f} | {run.last:.4f} | {run.last / run.first:.3f} |
 
 aligned model   {path}
-pictures        {Path(o.out) / 'pictures'}
+pictures        {Path(o.out) / "pictures"}
 next            python probe.py {weights} {path}""")
 
 
@@ -649,6 +685,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     try:
         run = train(options)
+        if run.stop_signal:
+            run.say(f"stopped at update {run.update} of {run.updates}, saved; go on with the same command and --resume")
+            sys.exit(128 + run.stop_signal)
         if run.machine.rank == 0:
             finish(run)
     except (RunError, vit.WeightsError, data.DataError, OSError) as error:

@@ -193,19 +193,19 @@ class SoftcapAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.softcap, scale = softcap, q.shape[-1] ** -0.5
         out = torch.empty(v.shape, dtype=v.dtype)
-        for (q, k, v, out_), (p,), low in SoftcapAttention.heads(q, k, v, out, tiles=1):
-            _matmul(q, k.mT, p, low, 2 * scale / softcap).sigmoid_().mul_(2 * softcap)
+        for (q_, k_, v_, out_), (p,), low in SoftcapAttention.heads(q, k, v, out, tiles=1):
+            _matmul(q_, k_.mT, p, low, 2 * scale / softcap).sigmoid_().mul_(2 * softcap)
             torch.softmax(p, -1, out=p)
-            _matmul(_narrow(p, low), v, out_)
+            _matmul(_narrow(p, low), v_, out_)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v = ctx.saved_tensors
-        softcap, scale = ctx.softcap, q.shape[-1] ** -0.5
-        grads = [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
-        for (q, k, v, do, dq, dk, dv), (s, p, ds), low in SoftcapAttention.heads(q, k, v, grad, *grads, tiles=3):
+        inputs, softcap = ctx.saved_tensors, ctx.softcap
+        scale = inputs[0].shape[-1] ** -0.5
+        grads = [torch.empty(t.shape, dtype=t.dtype) for t in inputs]
+        for (q, k, v, do, dq, dk, dv), (s, p, ds), low in SoftcapAttention.heads(*inputs, grad, *grads, tiles=3):
             _matmul(q, k.mT, s, low, 2 * scale / softcap).sigmoid_()  # s = sigmoid(2x), x = q k^T scale / cap
             torch.softmax(torch.mul(s, 2 * softcap, out=p), -1, out=p)
             _matmul(_narrow(p, low).mT, do, dv)
@@ -262,7 +262,9 @@ class Attention(nn.Module):
         B, T, D = x.shape
         bias = None
         if self.family == "eva02":
-            q, k, v = (f(x).view(B, T, self.num_heads, -1).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = (
+                f(x).view(B, T, self.num_heads, -1).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
+            )
             q, k = rotate(q, positions), rotate(k, positions)
         else:
             if self.family == "beit":  # k has no bias; positions [T, T] holds rows of the table
@@ -434,7 +436,9 @@ class ViT(nn.Module):
         Returns [B, P + N, D] ([B * V, P + N, D] with views).
         """
         if images.shape[2:] != (self.config.image_size, self.config.image_size):
-            raise ValueError(f"images are {tuple(images.shape)}, the model reads {self.config.image_size} x {self.config.image_size}")
+            raise ValueError(
+                f"images are {tuple(images.shape)}, the model reads {self.config.image_size} x {self.config.image_size}"
+            )
         x = self.embed(images, mask)
         positions = self.positions(x.device)
         x = run_blocks(self.blocks[: self.config.depth - skip_blocks], x, positions, self.checkpointing)
@@ -458,7 +462,9 @@ class ViT(nn.Module):
         return relative_positions(self.config.grid, device) if self.config.family == "beit" else None
 
 
-def run_blocks(blocks: Iterable[Block], x: Tensor, positions: Tensor | None = None, checkpointing: bool = False) -> Tensor:
+def run_blocks(
+    blocks: Iterable[Block], x: Tensor, positions: Tensor | None = None, checkpointing: bool = False
+) -> Tensor:
     """x [B, T, D] through the blocks; with `checkpointing` only each block's input is kept for the backward pass."""
     for block in blocks:
         if checkpointing and torch.is_grad_enabled():
@@ -509,7 +515,9 @@ def fit(image: Image.Image, config: ViTConfig, square: bool = False) -> Image.Im
         return image.resize((size, size), Image.Resampling.BICUBIC)
     width, height = image.size
     shorter = int(size / config.crop_pct)
-    width, height = (shorter, int(shorter * height / width)) if width <= height else (int(shorter * width / height), shorter)
+    width, height = (
+        (shorter, int(shorter * height / width)) if width <= height else (int(shorter * width / height), shorter)
+    )
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))

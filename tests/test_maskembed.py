@@ -118,7 +118,9 @@ def test_authors_checkpoint_loads(tmp_path: Path):
     maskembed.save(student, tmp_path / "aligned.safetensors", note="any")
     again = maskembed.load(tmp_path / "aligned.safetensors")
     assert again.encoder.config == student.encoder.config
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), student.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), student.state_dict().values(), strict=True)
+    )
     images, mask = torch.randn(2, 3, 40, 40), masks.uniform(2, 25)
     assert torch.equal(again(images, mask), student(images, mask))
     encoder = vit.load(tmp_path / "aligned.safetensors")
@@ -141,7 +143,8 @@ def test_teacher_sees_hidden_patches_as_zero():
     by_hand = teacher(images.repeat_interleave(3, 0) * pixels)
     assert error(maskembed.teacher_targets(teacher, images, mask, "last"), by_hand) < 1e-5
     assert torch.equal(
-        maskembed.teacher_targets(teacher, images, mask, "cls"), maskembed.teacher_targets(teacher, images, mask, "last")[:, :1]
+        maskembed.teacher_targets(teacher, images, mask, "cls"),
+        maskembed.teacher_targets(teacher, images, mask, "last")[:, :1],
     )
     without_last_block = teacher(images.repeat_interleave(3, 0) * pixels, skip_blocks=1)
     assert error(maskembed.teacher_targets(teacher, images, mask), without_last_block) < 1e-5
