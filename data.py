@@ -541,7 +541,8 @@ class Segmentation:
 
     root: a folder as COCO-Stuff and ADE20k distribute theirs, or one with images/train, images/val, labels/train,
     labels/val (PNG files, one value a pixel) and labels.txt (a line "3: sky" for each class).
-    `names` are those of the classes, `groups` the kinds of classes: {"things": range(1, 92), ...}, {} where unknown.
+    `names` are those of the classes, `groups` the kinds of classes: {"things": range(1, 92), ...}, {} where unknown;
+    the first label map holds classes below `first_map`.
 
     Raises DataError when a folder, an annotation or the names are missing; an item does when a file cannot be read,
     an annotation has another shape than its image, or it holds a value that has no name.
@@ -561,13 +562,13 @@ class Segmentation:
                                for name, layout in LAYOUTS.items())
             raise DataError(f"{root}: holds no {part} images with label maps; it should hold, for {wanted}")
         self.names, groups = read_class_names(os.path.join(root, self.layout.names))
-        self.groups = self.layout.groups or groups
+        self.groups, self.first_map = self.layout.groups or groups, len(self.names)
         self.images = ImageFolder(images)
         there = {os.path.join(folder, name) for folder, _, names in os.walk(self.annotations) for name in names}
         missing = [i for i in range(len(self)) if self._annotation(i) not in there]
         if missing:
-            raise DataError(f"{self._annotation(missing[0])}: is missing, the annotation of {self.images.name(missing[0])} "
-                            f"({len(missing)} of {len(self)} images have none): add it, or remove the image")
+            raise DataError(f"{self._annotation(missing[0])}: is missing, the annotation of an image ({len(missing)} of "
+                            f"{len(self)} images have none): add it, or remove the image")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -591,9 +592,10 @@ class Segmentation:
         (width, height), (across, down) = image.size, annotation.size
         if abs(width * down - height * across) > max(width, height, across, down):  # beyond rounding
             raise DataError(f"{paths[1]}: is {across} x {down}, but its image {width} x {height}: another shape")
-        labels = (np.asarray(centre_square(annotation, self.size, Resampling.NEAREST)) + np.uint8(self.layout.shift))
+        labels = np.asarray(centre_square(annotation, self.size, Resampling.NEAREST)) + np.uint8(self.layout.shift)
         if labels.max() >= len(self.names):
-            raise DataError(f"{paths[1]}: holds class {labels.max()}, but {self.layout.names} ends at {len(self.names) - 1}")
+            raise DataError(f"{paths[1]}: holds class {labels.max()}, but {self.layout.names} ends at "
+                            f"{len(self.names) - 1}")
         return Labelled(centre_square(to_rgb(image), self.size, Resampling.BILINEAR), labels[None])
 
 
@@ -731,6 +733,7 @@ class Scenes:
     SHAPES, COLORS = tuple(OUTLINES), tuple(PALETTE)
     names = ["nothing", *SHAPES, *COLORS]  # and `groups`: as in `Segmentation`
     groups = {"shapes": range(1, 1 + len(SHAPES)), "colors": range(1 + len(SHAPES), 1 + len(SHAPES) + len(COLORS))}
+    first_map = 1 + len(SHAPES)
     FINE = 3  # drawn at 3 times the size, then averaged; odd, so that a pixel's centre is the centre of a fine pixel
     SMALLEST, LARGEST = 0.18, 0.42  # objects, in shares of the picture's side
     TURN = 15  # degrees, at most
@@ -892,4 +895,51 @@ def grid(images: Sequence[Sequence[Image.Image | np.ndarray]], titles: Sequence[
     for top, row in zip(tops, cells):
         for left, cell in zip(lefts, row):
             sheet.paste(cell, (left, top))
+    return sheet
+
+
+def legend(picture: Image.Image, colors: dict[str, tuple[int, int, int]]) -> Image.Image:
+    """A picture with colored squares and their names below it."""
+    font, width = ImageFont.load_default(), 24 + max([math.ceil(ImageFont.load_default().getlength(n)) for n in colors], default=0)
+    columns = max(1, (picture.width - 8) // width)
+    sheet = Image.new("RGB", (max(picture.width, width + 8), picture.height + 16 * -(-len(colors) // columns) + 4), "white")
+    sheet.paste(picture)
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, color) in enumerate(colors.items()):
+        x, y = 4 + i % columns * width, picture.height + i // columns * 16
+        draw.rectangle((x, y, x + 11, y + 11), color)
+        draw.text((x + 16, y), name, "black", font)
+    return sheet
+
+
+def scatter(points: dict[str, tuple[float, float]], axes: tuple[str, str], line: tuple[float, float] | None = None,
+            side: int = 480) -> Image.Image:
+    """Named points (x, y) in a frame with the axes' names, and a line y = line[0] x + line[1]."""
+    font, edge = ImageFont.load_default(), 56
+    sheet = Image.new("RGB", (side + 2 * edge, side + 2 * edge), "white")
+    draw = ImageDraw.Draw(sheet)
+    lows, spans = [], []
+    for values in zip(*points.values()):  # a margin of a fifth on all sides
+        span = max(max(values) - min(values), 1e-3)
+        lows.append(min(values) - span / 5)
+        spans.append(span * 1.4)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return edge + (x - lows[0]) / spans[0] * side, edge + side - (y - lows[1]) / spans[1] * side
+
+    draw.rectangle((edge, edge, edge + side, edge + side), outline="black")
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x, y = lows[0] + share * spans[0], lows[1] + share * spans[1]
+        draw.text((place(x, y)[0], edge + side + 6), f"{x:.1f}", "black", font, anchor="mt")
+        draw.text((edge - 6, place(x, y)[1]), f"{y:.1f}", "black", font, anchor="rm")
+    draw.text((edge + side / 2, edge + side + 28), axes[0], "black", font, anchor="mt")
+    draw.text((edge, edge - 12), axes[1], "black", font, anchor="lb")
+    if line:
+        ends = [(x, line[0] * x + line[1]) for x in (lows[0], lows[0] + spans[0])]
+        draw.line([place(*end) for end in ends], "grey", 1)
+        sheet.paste("white", (0, 0, sheet.width, 0))
+    for name, point in points.items():
+        x, y = place(*point)
+        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=(31, 119, 180))
+        draw.text((x + 8, y), name, "black", font, anchor="lm")
     return sheet

@@ -1,13 +1,13 @@
-"""MaskEmbed: masked embedding self-consistency, the paper's way to teach a vision transformer what is where (section 3.2).
+"""MaskEmbed, masked embedding self-consistency: the paper's way to teach a vision transformer what is where.
 
 A frozen teacher f sees masked images; the student's encoder g sees whole ones, and its embeddings are masked instead. A
 small decoder h must predict from these what the teacher says of the masked image (equation 1):
 
     min E [ || h(m(g(x))) - f(m(x)) ||^2 ]
 
-so each embedding has to hold what its own patch means, and no more. Needs vit.py beside it, nothing else of the project.
+so each embedding has to hold what its own patch means, and no more. Needs vit.py beside it and nothing else of ours.
 
-Shapes: B images, V views of each (adjacent), N patches, P prefix tokens, T = P + N, D the encoder's and teacher's width,
+Shapes: B images, V views of each (adjacent), N patches, P prefix tokens, T = P + N, D the width of encoder and teacher,
 W the decoder's. A mask has 1 for a visible patch.
 """
 
@@ -77,8 +77,8 @@ class TargetScale:
 
     def add(self, targets: Tensor) -> None:
         """Count targets of any shape."""
-        t = targets.double()
-        self.sums += torch.stack([torch.tensor(t.numel(), device=t.device), t.sum(), t.square().sum()]).cpu()
+        total, squares = targets.sum(dtype=torch.float64), targets.float().square().sum(dtype=torch.float64)
+        self.sums += torch.tensor([targets.numel(), total.item(), squares.item()], dtype=torch.float64)
 
     @property
     def value(self) -> float:
@@ -94,10 +94,10 @@ class TargetScale:
 class Decoder(nn.Module):
     """h: a shallow transformer from masked embeddings [M, T, W] to the teacher's tokens [M, T, D] (section C).
 
-    Position embedding, pre-norm blocks with LayerScale, a norm, a linear layer. For BEiT and EVA02 the same plain blocks.
+    Position embedding, pre-norm blocks with LayerScale, norm, linear layer. For BEiT and EVA02 the same plain blocks.
 
-    encoder: the encoder's config, whose heads, activation and qkv bias the blocks take over. width: W, a multiple of the
-    encoder's channels per head; None: the encoder's. softcap: of the blocks' attention; the paper has none there.
+    encoder: the encoder's config, whose heads, activation and qkv bias the blocks take over. width: W, a multiple of
+    the encoder's channels per head; None: the encoder's. softcap: of the blocks' attention; the paper has none there.
     """
 
     def __init__(self, encoder: ViTConfig, depth: int = 2, width: int | None = None, softcap: float | None = None):
@@ -141,7 +141,7 @@ class Student(nn.Module):
         return self.forward_decoder(self.forward_encoder(images), masks)
 
     def forward_encoder(self, images: Tensor) -> Tensor:
-        """Embeddings after the head, [B, 3, H, W] -> [B, T, W]: computed once an image, whatever the number of views."""
+        """Embeddings after the head, [B, 3, H, W] -> [B, T, W]: once an image, whatever the number of views."""
         return self.head(self.encoder(images))
 
     def forward_decoder(self, embeddings: Tensor, masks: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ def make_student(
 
 
 def save(student: Student, path: str | Path, **notes: object) -> None:
-    """Write encoder.*, head.* and decoder.* with what is needed to rebuild them; `vit.load` on the file gives the encoder.
+    """Write encoder.*, head.* and decoder.* with what rebuilds them; `vit.load` on the file gives the encoder.
 
     notes: anything JSON-serializable to keep with it (the recipe, the losses).
     """

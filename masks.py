@@ -57,7 +57,7 @@ def _rectangle(rows: int, columns: int, largest: float, generator: torch.Generat
 
 
 def windows(batch: int, grid: int, generator: torch.Generator | None = None) -> Tensor:
-    """CLIPSelf's crops (section B.3): windows of 3 to 14 patches a side. [batch, 4] integers top, left, height, width."""
+    """CLIPSelf's crops (section B.3): windows of 3 to 14 patches a side, as top, left, height, width [batch, 4]."""
     u = torch.rand(batch, 4, generator=generator, dtype=torch.float64)
     smallest, largest = min(3, grid), min(14, grid)
     size = smallest + (u[:, :2] * (largest - smallest + 1)).long()  # height, width

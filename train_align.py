@@ -62,7 +62,7 @@ def option(default: object, text: str, machine: bool = False, choices: tuple[str
 class Options:
     """Each field is a flag. What is None comes from the recipe or, of the method's choices, from the objective."""
 
-    recipe: str = option("demo", "a backbone's recipe: " + ", ".join(vit.BACKBONES))
+    recipe: str = option("demo", f"demo; a backbone's: {', '.join(vit.BACKBONES)}; own: a backbone not among these")
     weights: str | None = option(None, "the pre-trained backbone; vit.load says what it reads", machine=True)
     data: str | None = option(None, "a folder of images, any depth; without it the built-in scenes", machine=True)
     val: str | None = option(None, "a folder of validation images; without it a held-out share of --data", machine=True)
@@ -156,14 +156,18 @@ def parse(argv: list[str] | None = None) -> Options:
 
 
 def complete(options: Options) -> Options:
-    """Fill in the recipe and the objective, and check what can be checked before anything is read. Raises ValueError."""
+    """Fill in recipe and objective, and check what can be checked before anything is read. Raises ValueError."""
     o = replace(options)
-    if o.recipe != "demo" and o.recipe not in vit.BACKBONES:
-        raise ValueError(f"--recipe {o.recipe}: unknown; choose demo or one of {', '.join(vit.BACKBONES)}")
-    backbone = vit.BACKBONES.get(o.recipe)
-    if backbone and not o.weights:
-        raise ValueError(f"--recipe {o.recipe} needs --weights: a file with that backbone, from {backbone.source}")
-    if backbone and not o.data:
+    if o.recipe not in ("demo", "own", *vit.BACKBONES):
+        raise ValueError(f"--recipe {o.recipe}: unknown; choose demo, own or one of {', '.join(vit.BACKBONES)}")
+    if o.recipe != "demo" and not o.weights:
+        where = (
+            f"that backbone, from {vit.BACKBONES[o.recipe].source}"
+            if o.recipe != "own"
+            else "a backbone that vit.save wrote"
+        )
+        raise ValueError(f"--recipe {o.recipe} needs --weights: a file with {where}")
+    if o.recipe != "demo" and not o.data:
         raise ValueError(f"--recipe {o.recipe} needs --data: a folder of images")
     o.weights = o.weights or str(Path(__file__).parent / "demo" / "teacher.safetensors")
     for name, value in recipe(o.recipe, o.in1k).items():
@@ -204,7 +208,7 @@ class Machine:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
         has_bf16 = torch.cuda.is_bf16_supported() if cuda else vit.cpu_has_bf16()
         self.bf16 = options.precision == "bf16" or (options.precision == "auto" and has_bf16)
 
@@ -635,7 +639,7 @@ def train(options: Options) -> Run:
         count = sum(p.numel() for p in run.student.parameters()) / 1e6
         run.say(
             f"{o.recipe}: {count:.1f}M parameters, {len(run.train_source):,} images, {run.updates:,} updates of "
-            f"{o.batch} ({run.micro} at once, {m.world} processes), {'bf16' if m.bf16 else 'fp32'} on {m.device}, into {o.out}"
+            f"{o.batch} ({run.micro} at once, {m.world} processes), {'bf16' if m.bf16 else 'fp32'} on {m.device}, out {o.out}"
         )
     run.bar = tqdm(
         total=run.updates, initial=run.update, desc="aligning", unit="update", disable=m.rank > 0,

@@ -149,11 +149,11 @@ BACKBONES: dict[str, ViTConfig] = {  # table 5, and dinov2-vit-l for feature fus
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None, bias: Tensor | None = None) -> Tensor:
-    """Attention with soft-capped logits, or plain with an optional additive bias. q, k, v [B, H, T, d] -> [B, H, T, d]."""
+    """Attention with soft-capped logits, or plain with an optional additive bias. q, k, v, result [B, H, T, d]."""
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
     if q.is_cuda:
-        return _flex_attention()(q, k, v, score_mod=lambda score, b, h, i, j: softcap * torch.tanh(score / softcap))
+        return softcap_attention_flex(q, k, v, softcap)
     T, entries = q.shape[2], q.shape[:3].numel() * q.shape[2]
     small = entries < 2**16 or (q.dtype == torch.bfloat16 and T < 256)  # there the loop costs more than it saves
     if small or torch.compiler.is_compiling():
@@ -162,17 +162,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None, bia
 
 
 def softcap_attention_plain(q: Tensor, k: Tensor, v: Tensor, softcap: float) -> Tensor:
-    """The definition (section C): softmax(cap * tanh(q k^T / sqrt(d) / cap)) v. q, k, v [B, H, T, d] -> [B, H, T, d]."""
+    """The definition (section C): softmax(cap * tanh(q k^T / sqrt(d) / cap)) v. All [B, H, T, d]."""
     logits = q @ k.mT / math.sqrt(q.shape[-1])  # [B, H, T, T]
     return (softcap * torch.tanh(logits / softcap)).softmax(-1) @ v
 
 
-@functools.cache
-def _flex_attention() -> Callable:
-    """FlexAttention, compiled once: a fused kernel on CUDA. (Its kernels have no backward pass on the CPU.)"""
-    from torch.nn.attention.flex_attention import flex_attention
+def softcap_attention_flex(q: Tensor, k: Tensor, v: Tensor, softcap: float) -> Tensor:
+    """The same by FlexAttention, a fused kernel on CUDA. (On the CPU it has no backward pass.)"""
 
-    return torch.compile(flex_attention, dynamic=False)
+    def cap(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    # inside a compiled model it is compiled with it
+    flex_attention = _flex_attention(compiled=not torch.compiler.is_compiling())
+    return flex_attention(q, k, v, score_mod=cap)
+
+
+@functools.cache
+def _flex_attention(compiled: bool) -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention  # a slow import, and needed on CUDA only
+
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
 
 class SoftcapAttention(torch.autograd.Function):
@@ -219,7 +229,7 @@ class SoftcapAttention(torch.autograd.Function):
 
     @staticmethod
     def heads(*tensors: Tensor, tiles: int) -> Iterator[tuple[tuple[Tensor, ...], list[Tensor], Tensor | None]]:
-        """A few heads at a time: their parts of the tensors [B, H, T, d], so many scratch tiles [n, T, T], and `low`."""
+        """A few heads at a time: their parts of the tensors [B, H, T, d], the scratch tiles [n, T, T], and `low`."""
         (B, H, T, _), dtype = tensors[0].shape, tensors[0].dtype
         full = torch.promote_types(dtype, torch.float32)
         n = min(B * H, max(1, round(SoftcapAttention.TILE / T**2)))
@@ -280,7 +290,7 @@ class Attention(nn.Module):
 
 
 def rotary_positions(grid: int, head_dim: int, device: torch.device) -> Tensor:
-    """EVA02's 2D rotary embedding: [2, N, d], the sines and the cosines, computed at the 16 x 16 grid it was trained on."""
+    """EVA02's 2D rotary embedding: [2, N, d], sines and cosines, on the 16 x 16 grid it was trained on."""
     bands = 10000.0 ** -(torch.arange(head_dim // 4, device=device) / (head_dim // 4))
     place = torch.arange(grid, device=device) / grid * 16
     angle = place[:, None] * bands  # [grid, d / 4]
@@ -298,7 +308,7 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def relative_positions(grid: int, device: torch.device) -> Tensor:
-    """BEiT: for each pair of tokens [T, T] the row of the bias table; three last rows: from, to and at the class token."""
+    """BEiT: for each pair of tokens [T, T] the row of the bias table; last rows: from, to and at the class token."""
     place = torch.cartesian_prod(torch.arange(grid, device=device), torch.arange(grid, device=device))  # [N, 2]
     offset = place[:, None] - place[None] + grid - 1  # [N, N, 2], each 0 .. 2 grid - 2
     rows = (2 * grid - 1) ** 2
@@ -478,7 +488,7 @@ def round_linear_weights(model: nn.Module) -> None:
     """Keep a frozen model's linear layers in bfloat16. Autocast rounds them alike at every use: same result, half the
     memory, and the rounding is paid once."""
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, nn.Linear):
             module.to(torch.bfloat16)
 
 

@@ -193,6 +193,16 @@ def test_student_at_the_start(name: str):
     assert block.mlp.act == ("quick_gelu" if name == "clip-vit-b" else "gelu") and block.attn.softcap is None
 
 
+def test_a_teacher_in_bf16_answers_the_same():
+    """round_linear_weights does once what autocast does at each use: not a bit differs."""
+    teacher, images, mask = tiny("clip-vit-b"), torch.randn(2, 3, 32, 32), masks.uniform(2, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = maskembed.teacher_targets(teacher, images, mask)
+        vit.round_linear_weights(teacher)
+        assert teacher.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+        assert torch.equal(maskembed.teacher_targets(teacher, images, mask), before)
+
+
 def test_options_of_the_decoder_and_the_last_block():
     teacher = tiny()
     student = maskembed.make_student(teacher, decoder_depth=3, decoder_width=64, decoder_softcap=20.0, softcap=None)

@@ -316,7 +316,7 @@ def test_wrong_input(weights: Path, tmp_path: Path, capsys):
 
 def test_usage_errors_exit_with_2(weights: Path, capsys):
     for argv, text in (
-        (["--recipe", "resnet-50"], "unknown; choose demo or one of in1k-vit-t"),
+        (["--recipe", "resnet-50"], "unknown; choose demo, own or one of in1k-vit-t"),
         (["--recipe", "clip-vit-b"], "needs --weights: a file with that backbone, from timm/vit_base_patch16_clip_224"),
         (["--recipe", "clip-vit-b", "--weights", "w"], "needs --data"),
         (["--views", "4"], "choose 1, 2 or 3"),

@@ -745,3 +745,13 @@ vit.main(["info", "none.safetensors"])
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout == f"{tmp_path}/vit.py torch.Size([1, 26, 32])\n"
     assert done.returncode == 1 and "no such file" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_the_definition(monkeypatch):
+    """What CUDA runs compiled, here uncompiled: the same score function, forward only."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(vit, "_flex_attention", lambda compiled: flex_attention)
+    q, k, v = (3 * torch.randn(2, 2, 33, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    assert error(vit.softcap_attention_flex(q, k, v, 5.0), vit.softcap_attention_plain(q, k, v, 5.0)) < 1e-5
