@@ -118,7 +118,7 @@ class Options:
 def recipe(name: str, in1k: bool) -> dict[str, object]:
     """The numbers of table 6 and section B.1 for a backbone."""
     if name == "demo":  # built-in scenes and a small teacher: departs from the paper where the scale demands it
-        return {"epochs": 6, "batch": 64, "lr": 1e-3, "warmup_epochs": 1.0}
+        return {"epochs": 4, "batch": 64, "lr": 1e-3, "warmup_epochs": 1.0}
     large = name.endswith(("vit-l", "vit-l-336")) or "so400m" in name
     long = name in ("moco-vit-b", "mae-vit-b", "dino-vit-b")
     return {
@@ -339,10 +339,11 @@ class Run:
         self.student.encoder.checkpointing = o.checkpointing
         if self.student.decoder:
             self.student.decoder.checkpointing = o.checkpointing
-        if o.compile:
+        if o.compile:  # one code for all blocks, compiled anew for each model, batch size and gradient mode
+            torch._dynamo.config.recompile_limit = 64
             for model in (self.teacher, self.student):
                 for block in [b for b in model.modules() if isinstance(b, vit.Block)]:
-                    block.compile()
+                    block.compile(dynamic=False)
         self.model: nn.Module = self.student
         if m.world > 1:
             devices = [m.device] if m.device.type == "cuda" else None
@@ -486,7 +487,8 @@ class Run:
     def picture(self, path: Path, count: int = 6) -> None:
         """Input, masked input, and the tokens before and after alignment as colours: three principal components, the
         same axes for both."""
-        pixels = torch.stack([self.validation[i][0] for i in range(min(count, len(self.validation)))])
+        chosen = np.linspace(0, len(self.validation), min(count, len(self.validation)), endpoint=False).astype(int)
+        pixels = torch.stack([self.validation[i][0] for i in chosen])
         images = vit.normalize(pixels.to(self.machine.device), self.config)
         g, p, P = self.config.grid, self.config.patch_size, self.config.num_prefix
         mask, _ = draw_masks(replace(self.options, masks="uniform", views=1), len(pixels), g, 0, 2**40)
@@ -494,7 +496,7 @@ class Run:
         encoders = before.encoder.to(images.device), self.student.encoder
         with self.machine.autocast():
             tokens = torch.stack([model(images)[:, P:].float() for model in encoders])
-        tokens = tokens.cpu() - tokens.mean((0, 1, 2)).cpu()  # [2, B, N, D]
+        tokens = (tokens - tokens.mean((1, 2), keepdim=True)).cpu()  # [2, B, N, D], each around its own mean
         flat = tokens.flatten(0, 2).double()
         axes = torch.linalg.eigh(flat.T @ flat)[1][:, -3:].flip(1).float()  # [D, 3]
         colors = (tokens @ axes).numpy()  # [2, B, N, 3]
