@@ -224,7 +224,8 @@ def make_student(
     state = {k: v for k, v in teacher.state_dict().items() if not (objective.head and k.startswith("norm."))}
     if reinit_last_block:
         state = {k: v for k, v in state.items() if not k.startswith(f"blocks.{config.depth - 1}.")}
-    encoder.load_state_dict(state, strict=False)
+    missing, unexpected = encoder.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.startswith(("norm.", f"blocks.{config.depth - 1}.")) for name in missing)
     decoder: Decoder | str = objective.decoder
     if decoder == "transformer":
         decoder = Decoder(config, decoder_depth, decoder_width, decoder_softcap)

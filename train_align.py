@@ -18,14 +18,15 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, get_args
 
 import numpy as np
 import torch
@@ -53,9 +54,9 @@ class RunError(RuntimeError):
 # Options and recipes
 
 
-def option(default: object, text: str, machine: bool = False, choices: tuple[str, ...] | None = None) -> object:
-    """A field of Options: its default and its help. `machine`: it does not change what is learned."""
-    return field(default=default, metadata={"help": text, "machine": machine, "choices": choices})
+def option(default: object, text: str, least: float | None = None, free: bool = False, choices: tuple = ()) -> object:
+    """A field of Options: its default and help, the least value allowed, whether a resumed run may change it."""
+    return field(default=default, metadata={"help": text, "least": least, "free": free, "choices": choices})
 
 
 @dataclass
@@ -63,63 +64,72 @@ class Options:
     """Each field is a flag. What is None comes from the recipe or, of the method's choices, from the objective."""
 
     recipe: str = option("demo", f"demo; a backbone's: {', '.join(vit.BACKBONES)}; own: a backbone not among these")
-    weights: str | None = option(None, "the pre-trained backbone; vit.load says what it reads", machine=True)
-    data: str | None = option(None, "a folder of images, any depth; without it the built-in scenes", machine=True)
-    val: str | None = option(None, "a folder of validation images; without it a held-out share of --data", machine=True)
-    val_share: float = option(0.01, "the share of --data held out where there is no --val")
-    val_images: int = option(10000, "validate on at most so many images")
-    scenes: int = option(6400, "how many built-in scenes make an epoch")
-    out: str = option("runs/align", "where everything is written", machine=True)
-    resume: str | None = option(
-        None, "continue from the newest checkpoint in --out, or from the file given", machine=True
-    )
+    weights: str | None = option(None, "the pre-trained backbone; vit.load says what it reads", free=True)
+    data: str | None = option(None, "a folder of images, any depth; without it the built-in scenes", free=True)
+    val: str | None = option(None, "a folder of validation images; without it a held-out share of --data", free=True)
+    val_share: float = option(0.01, "the share of --data held out where there is no --val", least=0)
+    val_images: int = option(10000, "validate on at most so many images", least=1)
+    scenes: int = option(6400, "how many built-in scenes make an epoch", least=1)
+    out: str = option("runs/align", "where everything is written", free=True)
+    resume: str | None = option(None, "continue from --out's newest checkpoint, or from the file given", free=True)
 
     objective: str = option("maskembed", "the method, or a baseline of its family", choices=tuple(OBJECTIVES))
     target: str | None = option(None, "what the student reconstructs", choices=maskembed.TARGETS)
     loss: str | None = option(None, "the reconstruction loss", choices=maskembed.LOSSES)
     masks: str | None = option(None, "the mask distribution", choices=("uniform", "bernoulli", "block", "crop"))
-    visible: float | None = option(None, "visible share of bernoulli (default 0.5) and block masks (default 0.4)")
-    views: int | None = option(None, "1: the mask; 2: and its complement; 3: and all-ones")
+    visible: float | None = option(
+        None, "visible share of bernoulli (0.5 if not given) and block masks (0.4)", least=0.01
+    )
+    views: int | None = option(None, "1: the mask; 2: and its complement; 3: and all-ones", choices=(1, 2, 3))
     full_view: bool = option(False, "with --views 2: the mask and all-ones, without the complement")
-    softcap: float = option(30.0, "bound of the encoder's attention logits; 0: none (BEiT, EVA02 never have one)")
-    decoder_depth: int = option(2, "blocks of the decoder")
-    decoder_width: int | None = option(None, "width of the decoder; default: the encoder's")
-    decoder_softcap: float = option(0.0, "the same bound in the decoder; 0: none")
+    softcap: float = option(
+        30.0, "bound of the encoder's attention logits; 0: none (BEiT, EVA02 never have one)", least=0
+    )
+    decoder_depth: int = option(2, "blocks of the decoder", least=0)
+    decoder_width: int | None = option(None, "width of the decoder; the encoder's if not given", least=1)
+    decoder_softcap: float = option(0.0, "the same bound in the decoder; 0: none", least=0)
     reinit_last_block: bool = option(False, "start the encoder's last block from random weights")
-    image_size: int | None = option(None, "another input size: position embeddings are resampled")
+    image_size: int | None = option(None, "another input size: position embeddings are resampled", least=1)
 
-    epochs: int | None = option(None, "passes over the data")
-    updates: int | None = option(None, "stop the schedule after so many updates, whatever --epochs says")
-    batch: int | None = option(None, "images per update, over all processes")
-    lr: float | None = option(None, "peak learning rate; the cosine ends at a tenth of it")
-    warmup_epochs: float | None = option(None, "linear warm-up from a tenth of the peak, inside the cosine")
-    beta1: float = option(0.9, "AdamW")
-    beta2: float = option(0.95, "AdamW")
-    weight_decay: float = option(0.01, "AdamW, on every parameter")
-    clip: float = option(1.0, "largest norm of the gradient")
+    epochs: int | None = option(None, "passes over the data; the recipe's if not given", least=1)
+    updates: int | None = option(None, "end the schedule after so many updates, whatever --epochs says", least=1)
+    batch: int | None = option(None, "images per update, over all processes; the recipe's if not given", least=1)
+    lr: float | None = option(None, "peak learning rate; the recipe's if not given", least=0, free=True)
+    lr_end: float = option(0.1, "the cosine ends at this share of the peak", least=0)
+    warmup_epochs: float | None = option(None, "linear warm-up inside the cosine; the recipe's if not given", least=0)
+    warmup_start: float = option(0.1, "the warm-up begins at this share of the peak", least=0)
+    beta1: float = option(0.9, "AdamW", least=0)
+    beta2: float = option(0.95, "AdamW", least=0)
+    weight_decay: float = option(0.01, "AdamW, on every parameter", least=0)
+    clip: float = option(1.0, "largest norm of the gradient", least=1e-9, free=True)
     mix: str | None = option(None, "mix neighbouring images", choices=("mixup", "cutmix"))
     randaugment: bool = option(False, "RandAugment on the training images")
-    in1k: bool = option(
-        False, "the recipe for ImageNet-1k (25 or 50 epochs, warm-up) instead of ImageNet-21k's 5 epochs"
-    )
-    seed: int = option(0, "of samples, masks, augmentation and new weights")
+    in1k: bool = option(False, "the recipe for ImageNet-1k (25 or 50 epochs, warm-up) instead of ImageNet-21k's")
+    seed: int = option(0, "of samples, masks, augmentation and new weights", least=0)
 
     micro_batch: int | None = option(
-        None, "images at once on a process; default: the largest that fits 64", machine=True
+        None, "images at once on a process; if not given, the largest divisor of its share up to 64", least=1, free=True
     )
-    precision: str = option("auto", "auto: bf16 where the device has it", choices=("auto", "bf16", "fp32"))
-    compile: bool = option(False, "torch.compile each block", machine=True)
-    checkpointing: bool = option(False, "recompute activations instead of keeping them", machine=True)
-    workers: int | None = option(None, "data processes of each rank; default: a core each, at most 8", machine=True)
-    save_every: int = option(1000, "updates between checkpoints; one is also written at each epoch's end", machine=True)
-    log_every: int = option(10, "updates between lines of log.jsonl", machine=True)
+    precision: str = option("auto", "auto: bf16 where the device has it", free=True, choices=("auto", "bf16", "fp32"))
+    compile: bool = option(False, "torch.compile each block", free=True)
+    checkpointing: bool = option(False, "recompute activations instead of keeping them", free=True)
+    workers: int | None = option(
+        None, "data processes of each rank; if not given, a core each, up to 8", least=0, free=True
+    )
+    save_every: int = option(1000, "updates between checkpoints; each epoch's end has one too", least=1, free=True)
+    log_every: int = option(10, "updates between lines of log.jsonl", least=1, free=True)
+
+
+def flag(name: str) -> str:
+    """How a field of Options is written on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def recipe(name: str, in1k: bool) -> dict[str, object]:
     """The numbers of table 6 and section B.1 for a backbone."""
     if name == "demo":  # built-in scenes and a small teacher: departs from the paper where the scale demands it
         return {"epochs": 4, "batch": 64, "lr": 1e-3, "warmup_epochs": 1.0}
-    large = name.endswith(("vit-l", "vit-l-336")) or "so400m" in name
+    large = name in vit.BACKBONES and vit.BACKBONES[name].embed_dim > 768
     long = name in ("moco-vit-b", "mae-vit-b", "dino-vit-b")
     return {
         "epochs": (50 if long else 25) if in1k else 5,
@@ -131,23 +141,17 @@ def recipe(name: str, in1k: bool) -> dict[str, object]:
 
 def parse(argv: list[str] | None = None) -> Options:
     """Flags -> Options, complete and checked. A mistake in the flags exits with status 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for f in fields(Options):
-        flag, kind = (
-            "--" + f.name.replace("_", "-"),
-            str(f.type).split(" |")[0].removeprefix("<class '").removesuffix("'>"),
-        )
-        if kind == "bool":
-            parser.add_argument(flag, action="store_true", help=f.metadata["help"])
+        text = f.metadata["help"] + ("" if f.default in (None, False) else f" (default: {f.default})")
+        kind = get_args(f.type)[0] if get_args(f.type) else f.type  # int | None -> int
+        if kind is bool:
+            parser.add_argument(flag(f.name), action="store_true", help=text)
         elif f.name == "resume":
-            parser.add_argument(flag, nargs="?", const="newest", help=f.metadata["help"])
+            parser.add_argument(flag(f.name), nargs="?", const="newest", help=text)
         else:
-            convert = {"int": int, "float": float, "str": str}[kind]
-            parser.add_argument(
-                flag, type=convert, default=f.default, choices=f.metadata["choices"], help=f.metadata["help"]
-            )
+            choices = f.metadata["choices"] or None
+            parser.add_argument(flag(f.name), type=kind, default=f.default, choices=choices, help=text)
     options = Options(**vars(parser.parse_args(argv)))
     try:
         return complete(options)
@@ -161,35 +165,34 @@ def complete(options: Options) -> Options:
     if o.recipe not in ("demo", "own", *vit.BACKBONES):
         raise ValueError(f"--recipe {o.recipe}: unknown; choose demo, own or one of {', '.join(vit.BACKBONES)}")
     if o.recipe != "demo" and not o.weights:
-        where = (
-            f"that backbone, from {vit.BACKBONES[o.recipe].source}"
-            if o.recipe != "own"
-            else "a backbone that vit.save wrote"
-        )
-        raise ValueError(f"--recipe {o.recipe} needs --weights: a file with {where}")
-    if o.recipe != "demo" and not o.data:
-        raise ValueError(f"--recipe {o.recipe} needs --data: a folder of images")
+        known = vit.BACKBONES.get(o.recipe)
+        what = f"that backbone, from {known.source}" if known else "a backbone that vit.save wrote"
+        raise ValueError(f"--recipe {o.recipe} needs --weights: a file with {what}")
+    if (o.recipe != "demo") != (o.data is not None):
+        raise ValueError("--data and --recipe go together: a folder of images, and a backbone's recipe or own")
+    for f in fields(Options):
+        value, least = getattr(o, f.name), f.metadata["least"]
+        if value is not None and least is not None and not least <= value < math.inf:
+            raise ValueError(f"{flag(f.name)} {value}: must be a number from {least:g} up")
+    for name in ("val_share", "visible", "beta1", "beta2"):
+        if (getattr(o, name) or 0) >= 1:
+            raise ValueError(f"{flag(name)} {getattr(o, name)}: must be below 1")
+    if o.full_view and o.views != 2:
+        raise ValueError("--full-view goes with --views 2")
     o.weights = o.weights or str(Path(__file__).parent / "demo" / "teacher.safetensors")
-    for name, value in recipe(o.recipe, o.in1k).items():
+    objective = OBJECTIVES[o.objective]
+    defaults = recipe(o.recipe, o.in1k) | {n: getattr(objective, n) for n in ("target", "loss", "masks", "views")}
+    for name, value in defaults.items():
         if getattr(o, name) is None:
             setattr(o, name, value)
-    objective = OBJECTIVES[o.objective]
-    for name in ("target", "loss", "masks", "views"):
-        if getattr(o, name) is None:
-            setattr(o, name, getattr(objective, name))
+    if o.visible is None:
+        o.visible = 0.4 if o.masks == "block" else 0.5
     if o.objective != "maskembed" and (o.views != 1 or o.target != "cls"):
         raise ValueError(f"--objective {o.objective} has one view and the target cls; leave --views and --target out")
     if (o.masks == "crop") != (o.objective == "crop"):
         raise ValueError("--masks crop and --objective crop go together")
     if o.objective == "average" and o.masks != "block":
         raise ValueError("--objective average needs --masks block: another mask may be empty, which has no average")
-    if o.views not in (1, 2, 3):
-        raise ValueError(f"--views {o.views}: choose 1, 2 or 3")
-    if o.visible is None:
-        o.visible = 0.4 if o.masks == "block" else 0.5
-    for name in ("epochs", "batch", "lr", "scenes", "val_images", "save_every", "log_every"):
-        if getattr(o, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(o, name)}: must be above 0")
     return o
 
 
@@ -227,7 +230,13 @@ class Machine:
         """The most memory this process has held, in GiB: of the GPU, or of the whole process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+    def agree(self, what: str, *values: float) -> None:
+        """Raise RunError unless all processes have the same values."""
+        same = self.sum(*values) == [value * self.world for value in values]
+        if self.sum(float(same))[0] != self.world:
+            raise RunError(f"the processes do not see the same {what}; all need one --out and one --data")
 
 
 def load_teacher(options: Options, machine: Machine) -> ViT:
@@ -303,15 +312,17 @@ def ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def learning_rate(update: int, updates: int, warmup: int, peak: float) -> float:
+def learning_rate(update: int, updates: int, warmup: int, options: Options) -> float:
     """Cosine from the peak to a tenth of it; a warm-up rises linearly from a tenth, inside the cosine (not shifted)."""
     if update < warmup:
-        return peak * (0.1 + 0.9 * update / warmup)
-    return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * update / updates)) / 2)
+        return options.lr * (options.warmup_start + (1 - options.warmup_start) * update / warmup)
+    return options.lr * (options.lr_end + (1 - options.lr_end) * (1 + math.cos(math.pi * update / updates)) / 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
+
+COUNTED = ("update", "skipped", "skipped_in_row", "validated", "first", "best", "last")  # of a Run, in its checkpoints
 
 
 class Run:
@@ -324,12 +335,19 @@ class Run:
         self.teacher = load_teacher(o, m)
         self.config = self.teacher.config
         self.fingerprint = sum(p.double().abs().sum().item() for p in self.teacher.parameters())
-        self.student = self.new_student().to(m.device)
+        try:
+            self.student = self.new_student().to(m.device)
+        except ValueError as error:  # a decoder width that the heads do not divide
+            raise RunError(str(error)) from None
         if m.bf16:
             vit.round_linear_weights(self.teacher)
         self.teacher.to(m.device)
 
+        if m.world > 1 and m.rank > 0:
+            dist.barrier()  # the first process indexes the folder, the others read its index
         self.train_source, val_source = sources(o, self.config.image_size)
+        if m.world > 1 and m.rank == 0:
+            dist.barrier()
         self.validation = ValidationImages(val_source, self.config, o.val_images)
         self.micro = o.micro_batch or micro_batch(o.batch // m.world, pairs=o.mix is not None)
         plan = self.batches(0)
@@ -352,7 +370,10 @@ class Run:
             self.student.parameters(), o.lr, (o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True
         )
         self.update, self.skipped, self.skipped_in_row = 0, 0, 0
+        self.validated = -1  # the update of the last validation
         self.best = self.first = self.last = math.inf  # validation losses
+        self.start_tokens: Tensor | None = None  # for the picture
+        self.saved = False  # nothing is lost by leaving now
         self.received = self.stop_signal = 0  # a signal that came to this process; one that all processes know of
         self.log: TextIO | None = None
         self.bar: tqdm | None = None
@@ -375,7 +396,8 @@ class Run:
         """A loader with this machine's processes."""
         workers = self.options.workers
         if workers is None:
-            workers = min(8, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            workers = min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         return DataLoader(
             dataset, num_workers=workers, collate_fn=data.collate, worker_init_fn=ignore_signals,
             pin_memory=self.machine.device.type == "cuda", **how,
@@ -388,7 +410,8 @@ class Run:
     def record(self, **values: object) -> None:
         """A line of log.jsonl, on the first process."""
         if self.log:
-            print(json.dumps({"update": self.update, **values}), file=self.log)
+            known = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
+            print(json.dumps({"update": self.update, **known}), file=self.log)
 
     def targets(self, images: Tensor, masks: Tensor, windows: Tensor | None) -> Tensor:
         """The teacher's answer, scaled."""
@@ -401,7 +424,7 @@ class Run:
         o, m = self.options, self.machine
         device, count = m.device, len(micro_batches)
         all_masks, all_windows = draw_masks(o, o.batch, self.config.grid, o.seed, self.update)
-        lr = learning_rate(self.update, self.updates, round(o.warmup_epochs * self.per_epoch), o.lr)
+        lr = learning_rate(self.update, self.updates, round(o.warmup_epochs * self.per_epoch), o)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         total = torch.zeros((), device=device)
@@ -470,16 +493,35 @@ class Run:
         return total / count
 
     def check(self) -> None:
-        """Validate, draw the picture, save a checkpoint."""
-        self.last = self.validate()
-        self.first = self.last if self.update == 0 else self.first
-        better, self.best = self.last < self.best, min(self.last, self.best)
-        self.record(epoch=self.update / self.per_epoch, val_loss=self.last)
+        """Save a checkpoint, validate, draw the picture, save what came out."""
+        if self.update:
+            self.save_checkpoint()  # first: a signal may end the process during the validation
+        with self.leaving():
+            loss = self.validate()
+        self.validated, self.last = self.update, loss
+        self.first = loss if self.update == 0 else self.first
+        better, self.best = loss < self.best, min(loss, self.best)
+        self.record(epoch=self.update / self.per_epoch, val_loss=loss)
         if self.machine.rank == 0:
             since = f" (at the start {self.first:.4f})" if self.update else ""
-            self.say(f"update {self.update}: validation loss {self.last:.4f}{since}")
+            self.say(f"update {self.update}: validation loss {loss:.4f}{since}")
             self.picture(Path(self.options.out) / "pictures" / f"update-{self.update:08d}.png")
         self.save_checkpoint(better)
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """While this lasts nothing is lost by leaving, so a signal ends the process at once."""
+        self.saved = True
+        if self.received:
+            self.leave()
+        yield
+        self.saved = False
+
+    def leave(self) -> None:
+        """End after a signal; everything is saved."""
+        done = f"stopped at update {self.update} of {self.updates}, saved; go on with the same command and --resume"
+        self.say(done if self.update else "stopped before the first update")
+        sys.exit(128 + (self.stop_signal or self.received))
 
     # The picture ------------------------------------------------------------------------------------------------------
 
@@ -492,10 +534,13 @@ class Run:
         images = vit.normalize(pixels.to(self.machine.device), self.config)
         g, p, P = self.config.grid, self.config.patch_size, self.config.num_prefix
         mask, _ = draw_masks(replace(self.options, masks="uniform", views=1), len(pixels), g, 0, 2**40)
-        before = maskembed.make_student(self.teacher, OBJECTIVES[self.options.objective], self.options.softcap or None)
-        encoders = before.encoder.to(images.device), self.student.encoder
         with self.machine.autocast():
-            tokens = torch.stack([model(images)[:, P:].float() for model in encoders])
+            if self.start_tokens is None:
+                start = maskembed.make_student(
+                    self.teacher, OBJECTIVES[self.options.objective], self.options.softcap or None
+                )
+                self.start_tokens = start.encoder.to(images.device)(images)[:, P:].float()
+            tokens = torch.stack([self.start_tokens, self.student.encoder(images)[:, P:].float()])
         tokens = (tokens - tokens.mean((1, 2), keepdim=True)).cpu()  # [2, B, N, D], each around its own mean
         flat = tokens.flatten(0, 2).double()
         axes = torch.linalg.eigh(flat.T @ flat)[1][:, -3:].flip(1).float()  # [D, 3]
@@ -518,6 +563,7 @@ class Run:
 
     def save_checkpoint(self, best: bool = False) -> None:
         """Write checkpoints/update-N.pt whole or not at all; keep the last two, and best.pt beside them."""
+        seen, unreadable = self.machine.sum(self.unreadable.seen, self.unreadable.count)
         if self.machine.rank == 0:
             folder = Path(self.options.out) / "checkpoints"
             folder.mkdir(parents=True, exist_ok=True)
@@ -525,7 +571,7 @@ class Run:
             state = {
                 "options": asdict(self.options), "images": len(self.train_source), "fingerprint": self.fingerprint,
                 "student": self.student.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "target_scale": self.student.target_scale, "unreadable": self.unreadable.state_dict(),
+                "target_scale": self.student.target_scale, "unreadable": {"seen": int(seen), "count": int(unreadable)},
                 "random_state": torch.get_rng_state(), **{name: getattr(self, name) for name in COUNTED},
             }  # fmt: skip
             write_atomically(path, lambda temporary: torch.save(state, temporary))
@@ -547,9 +593,12 @@ class Run:
             raise RunError(f"{path}: damaged or of another version ({type(error).__name__}); {hint}") from None
         for f in fields(Options):
             now, then = getattr(self.options, f.name), theirs.get(f.name)
-            if not f.metadata["machine"] and now != then:
-                flag = f"--{f.name.replace('_', '-')}"
-                raise RunError(f"{path}: was made with {flag} {then}, not {now}; give the same, or another --out")
+            if now != then and not f.metadata["free"]:
+                raise RunError(
+                    f"{path}: was made with {flag(f.name)} {then}, not {now}; give the same, or another --out"
+                )
+            if now != then and f.name in ("lr", "clip", "precision") and self.machine.rank == 0:
+                self.say(f"continuing with {flag(f.name)} {now}, until now it was {then}")
         count = len(self.train_source)
         if state["images"] != count:
             raise RunError(
@@ -561,14 +610,12 @@ class Run:
             )
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.unreadable.load_state_dict(state["unreadable"])
+        if self.machine.rank == 0:  # it keeps the sums over all processes
+            self.unreadable.load_state_dict(state["unreadable"])
         self.student.target_scale = state["target_scale"]
         for name, value in counted.items():
             setattr(self, name, value)
         torch.set_rng_state(state["random_state"])
-
-
-COUNTED = ("update", "skipped", "skipped_in_row", "first", "best", "last")  # what else a checkpoint keeps of a Run
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -581,6 +628,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # a machine that goes down must not leave a file with a name and no content
         os.replace(temporary, path)
     except RuntimeError as error:  # torch.save turns a full disk into this
         raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from None
@@ -592,7 +641,10 @@ def link_atomically(path: Path, target: Path) -> None:
     """Give a file a second name that replaces an older one."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
-    os.link(path, temporary)
+    try:
+        os.link(path, temporary)
+    except OSError:  # not every file system has links
+        shutil.copyfile(path, temporary)
     os.replace(temporary, target)
 
 
@@ -609,23 +661,31 @@ def start_or_resume(run: Run) -> None:
         if o.resume == "newest" and not saved:
             raise RunError(f"--resume: {out / 'checkpoints'} holds no checkpoint; leave --resume out to start")
         run.load_checkpoint(saved[-1] if o.resume == "newest" else Path(o.resume))
+        run.machine.agree("checkpoints", run.update)
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         kept = "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["update"] <= run.update)
     elif saved:
         done = int(saved[-1].stem.removeprefix("update-"))
         raise RunError(f"{out} holds a run at update {done}; continue it with --resume, or choose another --out")
+    run.machine.agree("images", len(run.train_source), len(run.validation))
     if run.machine.rank == 0:
+        for path in saved:
+            if int(path.stem.removeprefix("update-")) > run.update:
+                path.unlink()  # of a course that was given up by going back
         out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "options.json", lambda temporary: temporary.write_text(json.dumps(asdict(o), indent=2)))
         write_atomically(log, lambda temporary: temporary.write_text(kept))
         run.log = open(log, "a", buffering=1)
 
 
 def catch_signals(run: Run) -> None:
-    """Ctrl-C and SIGTERM let the current update end; the second one ends the process at once."""
+    """Ctrl-C and SIGTERM let the current update end and be saved; the second one ends the process at once."""
 
     def remember(number: int, _: object) -> None:
         run.received = number
         signal.signal(number, signal.SIG_DFL)
+        if run.saved:
+            run.leave()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, remember)
@@ -641,14 +701,16 @@ def train(options: Options) -> Run:
         count = sum(p.numel() for p in run.student.parameters()) / 1e6
         run.say(
             f"{o.recipe}: {count:.1f}M parameters, {len(run.train_source):,} images, {run.updates:,} updates of "
-            f"{o.batch} ({run.micro} at once, {m.world} processes), {'bf16' if m.bf16 else 'fp32'} on {m.device}, out {o.out}"
+            f"{o.batch} ({run.micro} at once, {m.world} processes), lr {o.lr:g}, {'bf16' if m.bf16 else 'fp32'} on {m.device}, out {o.out}"
         )
     run.bar = tqdm(
         total=run.updates, initial=run.update, desc="aligning", unit="update", disable=m.rank > 0,
         smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30,
     )  # fmt: skip
     if not o.resume:
-        run.student.target_scale = 1.0 if o.loss == "cosine" else run.validate(scale_only=True)
+        with run.leaving():
+            run.student.target_scale = 1.0 if o.loss == "cosine" else run.validate(scale_only=True)
+    if run.validated < run.update and (run.update % run.per_epoch == 0 or run.update == run.updates):
         run.check()
     images = data.Images(run.train_source, data.Augment(run.config.image_size, o.randaugment), o.seed)
     loader = iter(run.loader(images, batch_sampler=run.batches(run.update)))
@@ -657,7 +719,7 @@ def train(options: Options) -> Run:
         batches = [next(loader) for _ in range(share // run.micro)]
         run.unreadable.add([name for _, names in batches for name in names], share)
         values = run.train_update([pixels for pixels, _ in batches])
-        rate, clock = o.batch / (time.perf_counter() - clock), time.perf_counter()
+        rate = o.batch / (time.perf_counter() - clock)
         run.bar.update()
         skipped = f", {run.skipped} skipped" if run.skipped else ""
         run.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s, {m.memory():.1f} GiB{skipped}")
@@ -667,6 +729,7 @@ def train(options: Options) -> Run:
             run.check()
         elif run.update % o.save_every == 0 or run.stop_signal:
             run.save_checkpoint()
+        clock = time.perf_counter()  # validating and saving do not count
     run.bar.close()
     return run
 
@@ -692,12 +755,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run = train(options)
         if run.stop_signal:
-            run.say(f"stopped at update {run.update} of {run.updates}, saved; go on with the same command and --resume")
-            sys.exit(128 + run.stop_signal)
+            run.leave()
         if run.machine.rank == 0:
             finish(run)
     except (RunError, vit.WeightsError, data.DataError, OSError) as error:
         sys.exit(f"train_align.py: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("train_align.py: the GPU's memory is full; give a smaller --micro-batch, or --checkpointing")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

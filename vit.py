@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -154,8 +154,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None, bia
         return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
     if q.is_cuda:
         return softcap_attention_flex(q, k, v, softcap)
-    T, entries = q.shape[2], q.shape[:3].numel() * q.shape[2]
-    small = entries < 2**16 or (q.dtype == torch.bfloat16 and T < 256)  # there the loop costs more than it saves
+    small = q.shape[:3].numel() * q.shape[2] < 2**16  # so few logits that the loop costs more than it saves
     if small or torch.compiler.is_compiling():
         return softcap_attention_plain(q, k, v, softcap)
     return SoftcapAttention.apply(q, k, v, softcap)
@@ -182,7 +181,7 @@ def softcap_attention_flex(q: Tensor, k: Tensor, v: Tensor, softcap: float) -> T
 def _flex_attention(compiled: bool) -> Callable:
     from torch.nn.attention.flex_attention import flex_attention  # a slow import, and needed on CUDA only
 
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    return torch.compile(flex_attention) if compiled else flex_attention
 
 
 class SoftcapAttention(torch.autograd.Function):
@@ -520,7 +519,7 @@ def preprocess(image: Image.Image, config: ViTConfig, square: bool = False) -> T
 
 def fit(image: Image.Image, config: ViTConfig, square: bool = False) -> Image.Image:
     """The resizing and cropping of `preprocess`: any PIL image -> RGB of the model's input size."""
-    image, size = image.convert("RGB"), config.image_size
+    image, size = ImageOps.exif_transpose(image).convert("RGB"), config.image_size
     if square:
         return image.resize((size, size), Image.Resampling.BICUBIC)
     width, height = image.size

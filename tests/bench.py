@@ -5,6 +5,7 @@ what is reported are ratios of medians (`interleave`). Each benchmark is a funct
 """
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import functools
@@ -28,6 +29,7 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import data as pictures  # the name `data` is a benchmark here
+import probe
 import train_align
 import vit
 
@@ -276,8 +278,75 @@ def load() -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Probing: labels, metrics, cached features
 
-SUITES: dict[str, list[Callable[[], list[str]]]] = {"align": [update, softcap, load, data, index]}
+
+def labels() -> list[str]:
+    """Union labels of one image: 336 pixels, patches of 14, 183 classes; against torch.unique for each patch."""
+    coarse = np.random.default_rng(0).integers(0, 183, (24, 24))
+    maps = np.kron(coarse, np.ones((14, 14), np.uint8)).astype(np.uint8)[None, :, ::-1].copy()
+    maps[:, ::3] = 7
+
+    def patch_by_patch() -> torch.Tensor:
+        patches, there = torch.from_numpy(maps[0]).unfold(0, 14, 14).unfold(1, 14, 14).flatten(2).flatten(0, 1), torch.zeros(576, 183)
+        for n, pixels in enumerate(patches):
+            there[n, pixels.unique().long()] = 1
+        there[:, 0] *= there[:, 1:].sum(1) == 0
+        return there
+
+    assert np.array_equal(pictures.union(maps, 14, 183), patch_by_patch().bool().numpy())
+    median = interleave({"ours": lambda: pictures.union(maps, 14, 183), "loop": patch_by_patch}, 15)
+    return [f"labels union of 336 pixels, 183 classes: {1e3 * median['ours']:.2f} ms, torch.unique for each patch "
+            f"{1e3 * median['loop']:.1f} ms = {median['loop'] / median['ours']:.0f} times that (at least 30)"]
+
+
+def metrics() -> list[str]:
+    """Tally and metrics of a batch of 32 x 576 x 183, against a loop over classes."""
+    logits, targets = torch.randn(32, 576, 183), torch.rand(32, 576, 183) < 0.02
+
+    def class_by_class() -> list[tuple[float, ...]]:
+        rows = []
+        for c in range(183):
+            said, true = logits[..., c] > 0, targets[..., c]
+            found, false, missed = (said & true).sum(), (said & ~true).sum(), (~said & true).sum()
+            right = (said == true).float().mean()
+            rows.append((found / (found + missed), right, found / (found + false), 2 * found / (2 * found + false + missed)))
+        return rows
+
+    ours = lambda: probe.metrics(probe.tally(logits, targets), 576)
+    rows = torch.tensor(class_by_class())
+    for i, name in enumerate(("recall", "accuracy", "precision", "f1")):
+        assert abs(ours()[name] - rows[:, i].mean().item()) < 1e-5
+    median = interleave({"ours": ours, "loop": class_by_class}, 9)
+    return [f"metrics of 32 x 576 x 183: {1e3 * median['ours']:.1f} ms, a loop over classes {1e3 * median['loop']:.0f} ms = "
+            f"{median['loop'] / median['ours']:.0f} times that (at least 20)"]
+
+
+def cache() -> list[str]:
+    """5 epochs of probes of a backbone with 12 blocks, features made once or for each batch."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence:
+        config = vit.ViTConfig(image_size=64, patch_size=8, embed_dim=192, depth=12, num_heads=3)
+        vit.save(vit.ViT(config), os.path.join(folder, "backbone.safetensors"))
+
+        def train(head: str, *flags: str) -> None:
+            out = tempfile.mkdtemp(dir=folder)
+            with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+                probe.main([os.path.join(folder, "backbone.safetensors"), *f"--tasks local --heads {head} --scenes 512 --val-images 64 --workers 0 --out {out}".split(), *flags])
+
+        for head in probe.HEADS:
+            took = {name: seconds(lambda: train(head, *flags)) for name, flags in (("kept", ()), ("anew", ("--no-cache",)))}
+            rows.append(f"cache  5 epochs, {head} head: {took['kept']:.1f} s with features kept, {took['anew']:.1f} s without = "
+                        f"{took['anew'] / took['kept']:.1f} times that (linear: at least 3)")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+SUITES: dict[str, list[Callable[[], list[str]]]] = {
+    "align": [update, softcap, load, data, index],
+    "probe": [labels, metrics, cache],
+}
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """train_align.py as a user runs it: whole runs on tiny models, sameness over processes, resuming, wrong input."""
 
+import copy
 import json
 import os
 import re
@@ -36,6 +37,14 @@ def weights(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     vit.save(model, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def default_losses(weights: Path, tmp_path_factory) -> dict[int, float]:
+    """What three updates without any choice give."""
+    out = tmp_path_factory.mktemp("default")
+    run(*flags(weights, out, "--updates", 3))
+    return losses(out)
 
 
 def flags(weights: Path, out: Path, *more: object) -> list[str]:
@@ -127,10 +136,12 @@ def test_targets_have_unit_variance_and_validation_repeats(weights: Path, tmp_pa
         "--checkpointing --precision bf16",
     ],
 )  # fmt: skip
-def test_each_ablation_of_the_paper(choice: str, weights: Path, tmp_path: Path):
-    run(*flags(weights, tmp_path, "--updates", 2, *choice.split()))
+def test_each_ablation_of_the_paper(choice: str, weights: Path, default_losses: dict[int, float], tmp_path: Path):
+    run(*flags(weights, tmp_path, "--updates", 3, *choice.split()))
     values = losses(tmp_path)
-    assert len(values) == 2 and all(np.isfinite(v) for v in values.values())
+    assert len(values) == 3 and all(np.isfinite(v) for v in values.values())
+    if "--softcap" not in choice and "--decoder-softcap" not in choice:  # tiny logits stay far below any cap
+        assert any(abs(values[u] / default_losses[u] - 1) > 1e-5 for u in values)  # the flag changes what is learned
     encoder = vit.load(tmp_path / "aligned.safetensors")
     assert encoder.config.image_size == (48 if "image-size" in choice else 32)
     assert encoder.config.softcap == (None if choice == "--softcap 0" else 30)
@@ -161,19 +172,57 @@ def test_recipes_are_the_papers():
 
 def test_learning_rate():
     """Cosine to a tenth, stepped every update; the warm-up is inside it and does not shift it."""
-    rates = [train_align.learning_rate(u, 100, 10, 1.0) for u in range(101)]
+    options = train_align.parse(["--lr", "1"])
+    rates = [train_align.learning_rate(u, 100, 10, options) for u in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[5] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
     assert rates[50] == pytest.approx(0.55) and rates[10] == pytest.approx(0.1 + 0.9 * (1 + np.cos(np.pi / 10)) / 2)
-    assert train_align.learning_rate(0, 100, 0, 1.0) == 1
+    assert train_align.learning_rate(0, 100, 0, options) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sameness
 
 
+def validation_losses(out: Path) -> list[float]:
+    """The validation losses in their order."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line["val_loss"] for line in lines if "val_loss" in line]
+
+
+def test_an_update_is_written_out(weights: Path, tmp_path: Path):
+    """Four updates of train_align against the same by hand: schedule, masks, loss, accumulation, clipping, AdamW."""
+    options = train_align.parse(flags(weights, tmp_path, "--micro-batch", 4, "--weight-decay", 0.1, "--clip", 0.5))
+    r = train_align.Run(options)
+    r.student.target_scale = 2.0
+    student, teacher = copy.deepcopy(r.student), r.teacher
+    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = vit.normalize(pixels, r.config)
+    for update in range(4):
+        values = r.train_update(list(pixels.split(4)))
+        mask, _ = train_align.draw_masks(options, 8, 4, options.seed, update)
+        target = 2 * maskembed.teacher_targets(teacher, images, mask)
+        loss = (student(images, mask) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in student.parameters()]).norm()
+        for p in student.parameters():
+            p.grad *= min(1, 0.5 / (norm.item() + 1e-6))
+        # 3 updates an epoch, 6 in all: one epoch of warm-up from a tenth, then the cosine, not shifted
+        rate = 0.1 + 0.9 * update / 3 if update < 3 else 0.1 + 0.9 * (1 + np.cos(np.pi * update / 6)) / 2
+        optimizer.param_groups[0]["lr"] = 1e-3 * rate
+        optimizer.step()
+        assert values["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert values["lr"] == pytest.approx(1e-3 * rate) and values["grad_norm"] == pytest.approx(
+            norm.item(), rel=1e-4
+        )
+    for ours, by_hand in zip(r.student.parameters(), student.parameters(), strict=True):
+        assert torch.allclose(ours, by_hand, rtol=1e-4, atol=2e-6)
+
+
 def test_processes_workers_and_accumulation_change_nothing(weights: Path, tmp_path: Path):
     """20 updates in float32: one process, the same in micro-batches of 2, and 2 processes with and without them."""
-    common = ("--updates", 20, "--epochs", 9, "--mix", "mixup")
+    common = ("--updates", 20, "--epochs", 9, "--mix", "mixup", "--val-images", 7)  # 7 share out unevenly
     runs = {
         "two": process(*flags(weights, tmp_path / "two", *common), ranks=2),
         "two-accumulated": process(
@@ -189,11 +238,23 @@ def test_processes_workers_and_accumulation_change_nothing(weights: Path, tmp_pa
     for name in ("accumulated", *runs):
         for update, loss in losses(tmp_path / name).items():
             assert loss == pytest.approx(expected[update], rel=1e-5), (name, update)
+        assert validation_losses(tmp_path / name) == pytest.approx(validation_losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_a_signal_to_one_process_stops_all(weights: Path, tmp_path: Path):
+    """torchrun passes SIGTERM on; every process ends after the same update, saved."""
+    popen = process(*flags(weights, tmp_path, "--epochs", 4000), ranks=2)
+    wait_for(lambda: len(losses(tmp_path)) >= 2, popen)
+    popen.send_signal(signal.SIGTERM)
+    popen.communicate(timeout=60)
+    assert popen.returncode != 0
+    saved = train_align.checkpoints(tmp_path / "checkpoints")[-1]
+    assert int(saved.stem[7:]) >= max(losses(tmp_path)) - 1
 
 
 def test_a_killed_run_resumes_exactly(weights: Path, tmp_path: Path):
     """SIGKILL after a few updates; what follows --resume equals a run that was never killed, bit for bit."""
-    common = ("--epochs", 8, "--save-every", 2, "--workers", 2)
+    common = ("--epochs", 16, "--save-every", 2, "--workers", 2)
     popen = process(*flags(weights, tmp_path / "killed", *common))
     wait_for(lambda: len(losses(tmp_path / "killed")) >= 7, popen)
     popen.send_signal(signal.SIGKILL)
@@ -203,7 +264,7 @@ def test_a_killed_run_resumes_exactly(weights: Path, tmp_path: Path):
     whole = process(*flags(weights, tmp_path / "whole", *common))
     for popen in (resumed, whole):
         assert popen.wait() == 0, popen.stderr.read()
-    assert len(losses(tmp_path / "whole")) == 24
+    assert len(losses(tmp_path / "whole")) == 48
     assert (tmp_path / "killed" / "log.jsonl").read_text().count("\n") == (
         tmp_path / "whole" / "log.jsonl"
     ).read_text().count("\n")
@@ -283,10 +344,22 @@ def photographs(folder: Path, count: int) -> Path:
 
 def test_images_from_folders(weights: Path, tmp_path: Path):
     photographs(tmp_path / "train" / "a", 9), photographs(tmp_path / "train" / "b", 8), photographs(tmp_path / "val", 3)
-    run(*flags(weights, tmp_path / "run", "--data", tmp_path / "train", "--val", tmp_path / "val"))
+    own = ["--recipe", "own", "--data", tmp_path / "train"]
+    run(*flags(weights, tmp_path / "run", *own, "--val", tmp_path / "val"))
     assert len(losses(tmp_path / "run")) == 4  # two epochs of 17 images, the odd one left out
-    run(*flags(weights, tmp_path / "split", "--data", tmp_path / "train", "--val-share", 0.4))
+    run(*flags(weights, tmp_path / "split", *own, "--val-share", 0.4))
     assert (tmp_path / "split" / "aligned.safetensors").exists()
+
+
+def test_validation_sees_photographs_upright(tmp_path: Path):
+    """As training does: EXIF orientation 6 is turned by 90 degrees."""
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[:20] = 255  # the upper half, which belongs to the right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    seen = train_align.ValidationImages(data.ImageFolder(tmp_path), vit.ViTConfig(**TINY), 1)[0][0].float()
+    assert seen[:, :, 20:].mean() > 240 and seen[:, :, :12].mean() < 15
 
 
 def test_wrong_input(weights: Path, tmp_path: Path, capsys):
@@ -297,6 +370,7 @@ def test_wrong_input(weights: Path, tmp_path: Path, capsys):
     assert "cut.safetensors: cannot be read" in fails(capsys, *base, "--weights", tmp_path / "cut.safetensors")
     photographs(tmp_path / "photos", 20)
     clip = [*base, "--recipe", "clip-vit-b", "--data", tmp_path / "photos"]
+    base += ["--recipe", "own"]
     assert "does not hold this backbone" in fails(capsys, *clip)
     (tmp_path / "empty").mkdir()
     assert "no images in" in fails(capsys, *base, "--data", tmp_path / "empty")
@@ -304,12 +378,14 @@ def test_wrong_input(weights: Path, tmp_path: Path, capsys):
     (tmp_path / "texts" / "a.txt").write_text("text")
     assert "a.txt" in fails(capsys, *base, "--data", tmp_path / "texts")
     assert "is not a folder" in fails(capsys, *base, "--data", tmp_path / "nowhere")
+    base += ["--data", tmp_path / "photos", "--val-share", 0.3]
     assert "not a multiple" in fails(capsys, *base, "--image-size", 50)
     assert "fewer than one global batch" in fails(capsys, *base, "--batch", 64)
     assert "cannot be split" in fails(capsys, *base, "--micro-batch", 3)
+    assert "decoder width 50: must be a multiple" in fails(capsys, *base, "--decoder-width", 50)
     for i in range(0, 20, 2):
         (tmp_path / "photos" / f"{i:03d}.jpg").write_bytes(b"not an image")
-    broken = [*base, "--data", tmp_path / "photos", "--val-share", 0.3, "--epochs", 50]
+    broken = [*base, "--epochs", 50]
     assert "images could not be read" in fails(capsys, *broken)
     assert not (tmp_path / "out" / "aligned.safetensors").exists()
 
@@ -318,12 +394,22 @@ def test_usage_errors_exit_with_2(weights: Path, capsys):
     for argv, text in (
         (["--recipe", "resnet-50"], "unknown; choose demo, own or one of in1k-vit-t"),
         (["--recipe", "clip-vit-b"], "needs --weights: a file with that backbone, from timm/vit_base_patch16_clip_224"),
-        (["--recipe", "clip-vit-b", "--weights", "w"], "needs --data"),
-        (["--views", "4"], "choose 1, 2 or 3"),
+        (["--recipe", "clip-vit-b", "--weights", "w"], "--data and --recipe go together"),
+        (["--data", "d"], "--data and --recipe go together"),
+        (["--recipe", "own", "--data", "d"], "a backbone that vit.save wrote"),
+        (["--views", "4"], "invalid choice"),
+        (["--full-view"], "--full-view goes with --views 2"),
+        (["--lr", "nan"], "--lr nan: must be a number from 0 up"),
+        (["--masks", "block", "--visible", "0"], "--visible 0.0: must be a number from 0.01 up"),
+        (["--masks", "bernoulli", "--visible", "2"], "--visible 2.0: must be below 1"),
+        (["--workers", "-1"], "--workers -1: must be a number from 0 up"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--beta2", "1.5"], "--beta2 1.5: must be below 1"),
+        (["--updates", "0"], "--updates 0: must be a number from 1 up"),
         (["--objective", "crop", "--views", "3"], "one view"),
         (["--objective", "average", "--masks", "uniform"], "needs --masks block"),
         (["--masks", "crop"], "go together"),
-        (["--batch", "0"], "--batch 0: must be above 0"),
+        (["--batch", "0"], "--batch 0: must be a number from 1 up"),
         (["--batch", "many"], "invalid int value"),
         (["--loss", "l4"], "invalid choice"),
     ):
@@ -358,6 +444,19 @@ def test_checkpoints_that_cannot_be_continued(weights: Path, tmp_path: Path, cap
     )
     run(*base, "--resume", before[1])  # the one before still loads
     assert len(losses(out)) == 6 and (out / "aligned.safetensors").exists()
+
+
+def test_going_back_gives_up_what_came_later(weights: Path, tmp_path: Path, capsys):
+    """An older checkpoint continued leaves none of the course it came from; the rate may then be another."""
+    base = flags(weights, tmp_path, "--save-every", 2, "--epochs", 4)  # 12 updates; the last two checkpoints: 10, 12
+    run(*base)
+    shutil.copy(tmp_path / "checkpoints" / "update-00000010.pt", tmp_path / "older.pt")
+    before = losses(tmp_path)
+    run(*base, "--resume", tmp_path / "older.pt", "--lr", 5e-4)
+    assert "continuing with --lr 0.0005, until now it was 0.001" in capsys.readouterr().err
+    after = losses(tmp_path)
+    assert [after[u] == before[u] for u in (10, 11, 12)] == [True, True, False]
+    assert not any(int(p.stem[7:]) > 12 for p in train_align.checkpoints(tmp_path / "checkpoints"))
 
 
 def test_a_full_disk_loses_nothing(weights: Path, tmp_path: Path, capsys, monkeypatch):
