@@ -699,10 +699,9 @@ def train(options: Options) -> Run:
     catch_signals(run)
     if m.rank == 0:
         count = sum(p.numel() for p in run.student.parameters()) / 1e6
-        run.say(
-            f"{o.recipe}: {count:.1f}M parameters, {len(run.train_source):,} images, {run.updates:,} updates of "
-            f"{o.batch} ({run.micro} at once, {m.world} processes), lr {o.lr:g}, {'bf16' if m.bf16 else 'fp32'} on {m.device}, out {o.out}"
-        )
+        what = f"{count:.1f}M parameters, {len(run.train_source):,} images, {run.updates:,} updates of {o.batch}"
+        how = f"{run.micro} at once, {m.world} processes, lr {o.lr:g}, {'bf16' if m.bf16 else 'fp32'} on {m.device}"
+        run.say(f"{o.recipe}: {what} ({how}), into {o.out}")
     run.bar = tqdm(
         total=run.updates, initial=run.update, desc="aligning", unit="update", disable=m.rank > 0,
         smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30,
@@ -720,9 +719,10 @@ def train(options: Options) -> Run:
         run.unreadable.add([name for _, names in batches for name in names], share)
         values = run.train_update([pixels for pixels, _ in batches])
         rate = o.batch / (time.perf_counter() - clock)
-        run.bar.update()
         skipped = f", {run.skipped} skipped" if run.skipped else ""
-        run.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s, {m.memory():.1f} GiB{skipped}")
+        state = f"loss {values['loss']:.4f}, {rate:.0f} images/s, {m.memory():.1f} GiB{skipped}"
+        run.bar.set_postfix_str(state, refresh=False)
+        run.bar.update()
         if run.update % o.log_every == 0 or run.update == run.updates:
             run.record(**values, images_per_s=round(rate, 1))
         if run.update % run.per_epoch == 0 or run.update == run.updates:

@@ -150,14 +150,15 @@ BACKBONES: dict[str, ViTConfig] = {  # table 5, and dinov2-vit-l for feature fus
 
 def attention(q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None, bias: Tensor | None = None) -> Tensor:
     """Attention with soft-capped logits, or plain with an optional additive bias. q, k, v, result [B, H, T, d]."""
+    # On a CPU the loop over tiles is the way to cap, and without a cap it beats the fused kernel in bfloat16. Of few
+    # logits it costs more than it saves, and compiled code needs formulas that the compiler can see.
+    small = q.shape[:3].numel() * q.shape[2] < 2**16
+    tiled = q.device.type == "cpu" and not small and not torch.compiler.is_compiling()
+    if bias is None and tiled and (softcap is not None or q.dtype == torch.bfloat16):
+        return TiledAttention.apply(q, k, v, softcap)
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
-    if q.is_cuda:
-        return softcap_attention_flex(q, k, v, softcap)
-    small = q.shape[:3].numel() * q.shape[2] < 2**16  # so few logits that the loop costs more than it saves
-    if small or torch.compiler.is_compiling():
-        return softcap_attention_plain(q, k, v, softcap)
-    return SoftcapAttention.apply(q, k, v, softcap)
+    return (softcap_attention_flex if q.is_cuda else softcap_attention_plain)(q, k, v, softcap)
 
 
 def softcap_attention_plain(q: Tensor, k: Tensor, v: Tensor, softcap: float) -> Tensor:
@@ -184,26 +185,29 @@ def _flex_attention(compiled: bool) -> Callable:
     return torch.compile(flex_attention) if compiled else flex_attention
 
 
-class SoftcapAttention(torch.autograd.Function):
-    """The same on a CPU, in a fraction of the memory and of the time.
+class TiledAttention(torch.autograd.Function):
+    """The same on a CPU, with a cap or without, in a fraction of the memory and of the time.
 
     It takes a few heads at a time, so that their T x T tiles stay in the cache, in scratch memory that is allocated
     once, and saves only q, k and v: the backward pass computes the probabilities again.
 
     cap * tanh(x) = 2 cap * sigmoid(2x) - cap, softmax ignores the constant, and sigmoid is several times as fast as
-    tanh. Tiles are float32 (or float64). Where q, k, v are bfloat16, whose matrix products are faster, a tile goes in
-    and out of those through `low`, a bfloat16 tile: only there is it rounded, never for sigmoid or softmax.
+    tanh. Tiles are float32 (or float64). Where q, k, v are bfloat16, the logits are still exact float32; only for the
+    other matrix products, faster in bfloat16, is a tile rounded, into `low`.
     """
 
-    TILE = 2**21  # numbers in a tile: 8 MiB of float32
+    TILE = 2**20  # numbers in a tile: 4 MiB of float32
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, softcap: float) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.softcap, scale = softcap, q.shape[-1] ** -0.5
         out = torch.empty(v.shape, dtype=v.dtype)
-        for (q_, k_, v_, out_), (p,), low in SoftcapAttention.heads(q, k, v, out, tiles=1):
-            _matmul(q_, k_.mT, p, low, 2 * scale / softcap).sigmoid_().mul_(2 * softcap)
+        for (q_, k_, v_, out_), (p,), low in TiledAttention.heads(q, k, v, out, tiles=1):
+            if softcap is None:
+                _matmul(q_.to(p.dtype), k_.to(p.dtype).mT, p, alpha=scale)
+            else:
+                _matmul(q_.to(p.dtype), k_.to(p.dtype).mT, p, alpha=2 * scale / softcap).sigmoid_().mul_(2 * softcap)
             torch.softmax(p, -1, out=p)
             _matmul(_narrow(p, low), v_, out_)
         return out
@@ -214,16 +218,22 @@ class SoftcapAttention(torch.autograd.Function):
         inputs, softcap = ctx.saved_tensors, ctx.softcap
         scale = inputs[0].shape[-1] ** -0.5
         grads = [torch.empty(t.shape, dtype=t.dtype) for t in inputs]
-        for (q, k, v, do, dq, dk, dv), (s, p, ds), low in SoftcapAttention.heads(*inputs, grad, *grads, tiles=3):
-            _matmul(q, k.mT, s, low, 2 * scale / softcap).sigmoid_()  # s = sigmoid(2x), x = q k^T scale / cap
-            torch.softmax(torch.mul(s, 2 * softcap, out=p), -1, out=p)
+        for (q, k, v, do, dq, dk, dv), (s, p, ds), low in TiledAttention.heads(*inputs, grad, *grads, tiles=3):
+            if softcap is None:
+                torch.softmax(_matmul(q.to(s.dtype), k.to(s.dtype).mT, s, alpha=scale), -1, out=p)
+            else:
+                _matmul(
+                    q.to(s.dtype), k.to(s.dtype).mT, s, alpha=2 * scale / softcap
+                ).sigmoid_()  # s = sigmoid(2x), x = q k^T scale / cap
+                torch.softmax(torch.mul(s, 2 * softcap, out=p), -1, out=p)
             _matmul(_narrow(p, low).mT, do, dv)
-            _matmul(do, v.mT, ds, low)  # the gradient of p, then of 2 cap s, then of 2x / (2 cap)
+            _matmul(do, v.mT, ds, low)  # the gradient of p, then of the logits, then (capped) of 2x / (2 cap)
             torch._softmax_backward_data(ds, p, -1, ds.dtype, grad_input=ds)
-            torch.ops.aten.sigmoid_backward.grad_input(ds, s, grad_input=ds)
-            ds = _narrow(ds, low)
-            _matmul(ds, k, dq, alpha=4 * scale)
-            _matmul(ds.mT, q, dk, alpha=4 * scale)
+            if softcap is not None:
+                torch.ops.aten.sigmoid_backward.grad_input(ds, s, grad_input=ds)
+            ds, alpha = _narrow(ds, low), scale if softcap is None else 4 * scale
+            _matmul(ds, k, dq, alpha=alpha)
+            _matmul(ds.mT, q, dk, alpha=alpha)
         return *grads, None
 
     @staticmethod
@@ -231,7 +241,7 @@ class SoftcapAttention(torch.autograd.Function):
         """A few heads at a time: their parts of the tensors [B, H, T, d], the scratch tiles [n, T, T], and `low`."""
         (B, H, T, _), dtype = tensors[0].shape, tensors[0].dtype
         full = torch.promote_types(dtype, torch.float32)
-        n = min(B * H, max(1, round(SoftcapAttention.TILE / T**2)))
+        n = min(B * H, max(1, round(TiledAttention.TILE / T**2)))
         scratch = [torch.empty(n, T, T, dtype=full) for _ in range(tiles)]
         low = torch.empty(n, T, T, dtype=dtype) if dtype != full else None
         for parts in zip(*(t.flatten(0, 1).split(n) for t in tensors)):
