@@ -333,9 +333,9 @@ def cache() -> list[str]:
         def train(head: str, *flags: str) -> None:
             out = tempfile.mkdtemp(dir=folder)
             with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-                probe.main([os.path.join(folder, "backbone.safetensors"), *f"--tasks local --heads {head} --scenes 512 --val-images 64 --workers 0 --out {out}".split(), *flags])
+                probe.main([os.path.join(folder, "backbone.safetensors"), *f"--tasks local --heads {head} --scenes 192 --val-images 32 --workers 0 --out {out}".split(), *flags])
 
-        for head in probe.HEADS:
+        for head in ("linear", "transformer"):
             took = {name: seconds(lambda: train(head, *flags)) for name, flags in (("kept", ()), ("anew", ("--no-cache",)))}
             rows.append(f"cache  5 epochs, {head} head: {took['kept']:.1f} s with features kept, {took['anew']:.1f} s without = "
                         f"{took['anew'] / took['kept']:.1f} times that (linear: at least 3)")
@@ -345,7 +345,7 @@ def cache() -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SUITES: dict[str, list[Callable[[], list[str]]]] = {
-    "align": [update, softcap, load, data, index],
+    "align": [softcap, update, load, data, index],
     "probe": [labels, metrics, cache],
 }
 
