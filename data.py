@@ -644,23 +644,63 @@ def union(labels: np.ndarray, patch: int, classes: int) -> np.ndarray:
     """
     grid = labels.shape[-1] // patch
     there = np.zeros(grid**2 * classes, bool)
-    for one in labels:  # each pixel ticks its class in its patch: no loop over patches
-        there[_slots(grid, patch, classes) + one[: grid * patch, : grid * patch]] = True
+    for pixels in labels[:, : grid * patch, : grid * patch]:
+        new = np.ones(pixels.shape, bool)  # False where a pixel repeats its left neighbour, which most do
+        np.not_equal(pixels[:, 1:], pixels[:, :-1], out=new[:, 1:])
+        new[:, ::patch] = True  # a patch's first column has no neighbour in the patch
+        new = np.flatnonzero(new)
+        there[_slots(grid, patch, classes).ravel()[new] + pixels.ravel()[new]] = True  # ticks its class in its patch
     there = there.reshape(grid**2, classes)
     there[:, 0] &= ~there[:, 1:].any(1)
     return there
 
 
-def majority(labels: np.ndarray, patch: int, classes: int) -> np.ndarray:
-    """Label of a patch: the most common class of its pixels (ties: the smallest) in the first map. uint8 [N]."""
+def majority(labels: np.ndarray, patch: int, classes: int, unlabeled: bool = True) -> np.ndarray:
+    """Label of a patch: the most common class of its pixels (ties: the smallest) in the first map. uint8 [N].
+
+    unlabeled=False: class 0 only where it is the only one.
+    """
     grid = labels.shape[-1] // patch
     slots = _slots(grid, patch, classes) + labels[0, : grid * patch, : grid * patch]
-    return np.bincount(slots.ravel(), minlength=grid**2 * classes).reshape(grid**2, classes).argmax(1).astype(np.uint8)
+    counts = np.bincount(slots.ravel(), minlength=grid**2 * classes).reshape(grid**2, classes)
+    if not unlabeled:
+        counts[:, 0] = counts[:, 0] == patch**2
+    return counts.argmax(1).astype(np.uint8)
 
 
 def global_union(labels: np.ndarray, classes: int) -> np.ndarray:
     """Label of an image: the set of classes of its pixels, 0 among them. uint8 [maps, S, S] -> bool [classes]."""
     return np.bincount(labels.ravel(), minlength=classes) > 0
+
+
+class PatchLabels(torch.utils.data.Dataset):
+    """Of `Segmentation` or `Scenes`, index -> pixels uint8 [3, S, S], labels of its patches, labels of the image.
+
+    A set of classes is packed 8 a byte (`unpack`): uint8 [N, C / 8] and [C / 8]; with labels="majority" patches have
+    one class each: uint8 [N, 1]. `most`: so many images, evenly spaced.
+    """
+
+    def __init__(self, source: Segmentation | Scenes, patch: int, labels: str = "union", most: int | None = None):
+        self.source, self.patch, self.labels = source, patch, labels
+        self.chosen = np.linspace(0, len(source), min(most or len(source), len(source)), endpoint=False).astype(int)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        item, classes = self.source[int(self.chosen[index])], len(self.source.names)
+        if self.labels == "majority":
+            patches = majority(item.labels, self.patch, classes)[:, None]
+        else:
+            patches = np.packbits(union(item.labels, self.patch, classes), -1, "little")
+        whole = np.packbits(global_union(item.labels, classes), -1, "little")
+        return to_tensor(item.image), torch.from_numpy(patches), torch.from_numpy(whole)
+
+
+def unpack(packed: torch.Tensor, classes: int) -> torch.Tensor:
+    """uint8 [..., C / 8] -> bool [..., C]."""
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed[..., None] >> bits & 1).flatten(-2)[..., :classes].bool()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -898,9 +938,19 @@ def grid(images: Sequence[Sequence[Image.Image | np.ndarray]], titles: Sequence[
     return sheet
 
 
+def paint(image: Image.Image, classes: Sequence[int], colors: dict[int, tuple[int, int, int]]) -> Image.Image:
+    """A faint grey picture under the colors of its patches' classes [N]; class 0 stays grey."""
+    side = math.isqrt(len(classes))
+    cells = np.array([colors.get(c, (0, 0, 0)) for c in classes], np.uint8).reshape(side, side, 3)
+    there = np.array([160 * (c > 0) for c in classes], np.uint8).reshape(side, side)
+    layer, there = (Image.fromarray(x).resize(image.size, Resampling.NEAREST) for x in (cells, there))
+    return Image.composite(layer, image.convert("L").point(lambda v: v // 2 + 40).convert("RGB"), there)
+
+
 def legend(picture: Image.Image, colors: dict[str, tuple[int, int, int]]) -> Image.Image:
     """A picture with colored squares and their names below it."""
-    font, width = ImageFont.load_default(), 24 + max([math.ceil(ImageFont.load_default().getlength(n)) for n in colors], default=0)
+    font = ImageFont.load_default()
+    width = 24 + max([math.ceil(font.getlength(name)) for name in colors], default=0)
     columns = max(1, (picture.width - 8) // width)
     sheet = Image.new("RGB", (max(picture.width, width + 8), picture.height + 16 * -(-len(colors) // columns) + 4), "white")
     sheet.paste(picture)
@@ -918,11 +968,9 @@ def scatter(points: dict[str, tuple[float, float]], axes: tuple[str, str], line:
     font, edge = ImageFont.load_default(), 56
     sheet = Image.new("RGB", (side + 2 * edge, side + 2 * edge), "white")
     draw = ImageDraw.Draw(sheet)
-    lows, spans = [], []
-    for values in zip(*points.values()):  # a margin of a fifth on all sides
-        span = max(max(values) - min(values), 1e-3)
-        lows.append(min(values) - span / 5)
-        spans.append(span * 1.4)
+    xs, ys = zip(*points.values())
+    spans = [1.4 * max(max(values) - min(values), 1.0) for values in (xs, ys)]
+    lows = [(max(values) + min(values) - span) / 2 for values, span in zip((xs, ys), spans)]
 
     def place(x: float, y: float) -> tuple[float, float]:
         return edge + (x - lows[0]) / spans[0] * side, edge + side - (y - lows[1]) / spans[1] * side
@@ -935,9 +983,8 @@ def scatter(points: dict[str, tuple[float, float]], axes: tuple[str, str], line:
     draw.text((edge + side / 2, edge + side + 28), axes[0], "black", font, anchor="mt")
     draw.text((edge, edge - 12), axes[1], "black", font, anchor="lb")
     if line:
-        ends = [(x, line[0] * x + line[1]) for x in (lows[0], lows[0] + spans[0])]
+        ends = [(x, line[0] * x + line[1]) for x in (min(xs), max(xs))]
         draw.line([place(*end) for end in ends], "grey", 1)
-        sheet.paste("white", (0, 0, sheet.width, 0))
     for name, point in points.items():
         x, y = place(*point)
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=(31, 119, 180))

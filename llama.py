@@ -64,12 +64,12 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value is not None and not isinstance(value, bool) and not (isinstance(value, (int, float)) and value > 0):
+            if not (value is None or isinstance(value, (int, float)) and (value > 0 or value is False)):
                 raise LlamaError(f"{name} is {value!r}; it must be a positive number")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise LlamaError(f"hidden_size {self.hidden_size} is no multiple of the {self.num_attention_heads} heads")
         if self.num_attention_heads % self.kv_heads:
-            raise LlamaError(f"{self.num_attention_heads} heads cannot share {self.kv_heads} heads of keys and values evenly")
+            raise LlamaError(f"{self.num_attention_heads} heads cannot share {self.kv_heads} heads of keys evenly")
         if self.head_size % 2:
             raise LlamaError(f"heads of {self.head_size} channels cannot be rotated in pairs; make it an even number")
 
@@ -86,14 +86,15 @@ class LlamaConfig:
     @classmethod
     def from_transformers(cls, values: dict, file: str | Path = "config.json") -> "LlamaConfig":
         """From the contents of a config.json of transformers, old or new; `LlamaError` where it is no plain Llama."""
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        ropes = [values.get(key) or {} for key in ("rope_scaling", "rope_parameters")]  # the old key and the new one
+        kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in ropes]
         traits = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
         found = {key: values.get(key, plain) for key, plain in traits.items()}
-        found["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+        found["rope_type"] = next((kind for kind in kinds if kind != "default"), "default")
         for key, plain in (traits | {"rope_type": "default"}).items():
             if found[key] != plain:
                 raise LlamaError(f"{file}: its {key} is {found[key]!r}; this model has {plain!r} and nothing else")
-        theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+        theta = ropes[1].get("rope_theta", values.get("rope_theta", 10000.0))
         defaults = dict(rms_norm_eps=1e-6, max_position_embeddings=2048)  # where transformers' differ from ours
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -122,7 +123,7 @@ class LlamaConfig:
         usual, size = 8 * self.hidden_size // 3, self.intermediate_size  # Meta: 8/3 of the width, rounded up
         if -(-usual // 256) * 256 != size:
             values["multiple_of"] = size  # rounds up to exactly this, once the number before is no larger
-            values |= dict(ffn_dim_multiplier=size / (2 * usual)) if usual > size else {}
+            values |= dict(ffn_dim_multiplier=(size + 0.5) / usual) if usual > size else {}
         return values | (dict(rope_theta=self.rope_theta) if self.rope_theta != 10000.0 else {})
 
 
@@ -147,7 +148,9 @@ class Cache:
     used: the same for Python.
     """
 
-    def __init__(self, config: LlamaConfig, batch: int, size: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+    def __init__(
+        self, config: LlamaConfig, batch: int, size: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ):
         shape = (batch, config.kv_heads, size, config.head_size)  # zeros: what is masked must still be finite
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
@@ -158,7 +161,9 @@ class Cache:
     def reserve(self, tokens: int) -> None:
         """Take the next places. `LlamaError` if there are not so many left."""
         if self.used + tokens > self.size:
-            raise LlamaError(f"the cache has {self.size - self.used} of {self.size} places left for {tokens} tokens; make it larger")
+            raise LlamaError(
+                f"{tokens} tokens more do not fit: {self.used} of {self.size} places are taken; make a larger cache"
+            )
         self.used += tokens
 
 
@@ -166,7 +171,7 @@ class Cache:
 class Shared:
     """What all layers of one pass use, computed once. (No tensors in a tuple: FSDP would round those to bfloat16.)"""
 
-    cos: Tensor  # [B or 1, T, 1, d / 2], float32
+    cos: Tensor  # [B or 1, T, 1, d], float32
     sin: Tensor
     mask: Tensor | None  # [B, 1, T, T or S], 0 or -inf; None: causal
     cache: Cache | None
@@ -175,17 +180,17 @@ class Shared:
 
 
 def rope_tables(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding for positions [B, T] -> [B, T, 1, d / 2] each, float32."""
+    """What `rotate` needs for positions [B, T]: cosines, and sines with their signs, [B, T, 1, d] each, float32."""
     d = config.head_size
     bands = config.rope_theta ** -(torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d)
-    angles = positions[:, :, None, None].float() * bands
-    return angles.cos(), angles.sin()
+    angles = positions[:, :, None, None].float() * bands  # [B, T, 1, d / 2]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, T, H, d]: channels i and i + d / 2 are a pair, turned in float32 by the token's angle."""
-    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, -1)
-    return torch.cat([(a * cos).addcmul(b, sin, value=-1), (b * cos).addcmul(a, sin)], -1).to(x.dtype)
+    """Rotary embedding of x [B, T, H, d]: channels i and i + d / 2 are a pair, turned in float32 by their angle."""
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -201,6 +206,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
+def lean(function: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """function(*inputs), of which only the inputs are kept for the backward pass, and the rest is computed again. That
+    stops short of a last matrix product, whose result it does not need: only what is cheap is computed twice."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in float32."""
 
@@ -212,6 +225,44 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def project(x: Tensor, norm: RMSNorm, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """layer(norm(x)) for each layer: x [B, T, D] -> [B, T, ...] each."""
+    if torch.is_grad_enabled():
+        return Projection.apply(x, norm.weight, norm.eps, *(layer.weight for layer in layers))
+    x = norm(x)
+    return tuple(layer(x) for layer in layers)
+
+
+class Projection(torch.autograd.Function):
+    """The same for training: for the backward pass it keeps x alone, which is there anyway, not the norm of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, scale, *weights)
+        ctx.eps = eps
+        x = F.rms_norm(x, scale.shape, scale, eps)
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, *weights = ctx.saved_tensors
+        low, full = grads[0].dtype, torch.promote_types(x.dtype, torch.float32)  # autocast: x may be float32, grads not
+        inverse = (x.to(full).square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+        normed = x.to(full) * inverse
+        y, grads = (normed * scale).to(low).flatten(0, -2), [grad.flatten(0, -2) for grad in grads]
+        needed = ctx.needs_input_grad[3:]
+        of_weights = [(g.T @ y).to(w.dtype) if need else None for g, w, need in zip(grads, weights, needed)]
+        of_y = grads[0] @ weights[0].to(low)
+        for grad, weight in zip(grads[1:], weights[1:]):
+            of_y = torch.addmm(of_y, grad, weight.to(low))
+        of_y = of_y.view_as(x).to(full)
+        of_scale = (of_y * normed).flatten(0, -2).sum(0).to(scale.dtype)
+        of_y = of_y * scale
+        of_x = inverse * (of_y - normed * (of_y * normed).mean(-1, keepdim=True))
+        return of_x.to(x.dtype), of_scale, None, *of_weights
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and, where there are fewer heads of keys than of queries, groups."""
 
@@ -221,9 +272,9 @@ class Attention(nn.Module):
         self.q_proj, self.o_proj = nn.Linear(D, H * self.d, bias=False), nn.Linear(H * self.d, D, bias=False)
         self.k_proj, self.v_proj = nn.Linear(D, K * self.d, bias=False), nn.Linear(D, K * self.d, bias=False)
 
-    def forward(self, x: Tensor, shared: Shared, layer: int) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm, shared: Shared, layer: int) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (f(x).view(B, T, -1, self.d) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(B, T, -1, self.d) for y in project(x, norm, self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, d], [B, K, T, d] twice
         if (cache := shared.cache) is not None:
@@ -244,8 +295,11 @@ class MLP(nn.Module):
         self.gate_proj, self.up_proj = nn.Linear(D, hidden, bias=False), nn.Linear(D, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, D, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        return lean(self.down, *project(x, norm, self.gate_proj, self.up_proj))
+
+    def down(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -259,8 +313,8 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, shared: Shared, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), shared, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(x, self.input_layernorm, shared, layer)
+        return x + self.mlp(x, self.post_attention_layernorm)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -294,9 +348,11 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Word embeddings: ids [B, T] -> [B, T, D]."""
-        return self.model.embed_tokens(ids)
+    def embed(self, ids: Tensor | None = None, embeds: Tensor | None = None) -> Tensor:
+        """Word embeddings of ids [B, T], or, given those, embeds -> [B, T, D]. LlamaError: both or neither."""
+        if (ids is None) == (embeds is None):
+            raise LlamaError("give either ids or embeds")
+        return self.model.embed_tokens(ids) if embeds is None else embeds
 
     def head(self, x: Tensor) -> Tensor:
         """Final norm and output layer: [..., D] -> logits [..., W]."""
@@ -309,16 +365,14 @@ class Llama(nn.Module):
         """Logits of the next word after each token, or after some.
 
         ids [B, T] or embeds [B, T, D]: the tokens, one or the other.
-        mask: [B, T], 1 = token, 0 = padding, on either side; None: no padding. Padding on the right needs no mask, since
-            no token looks ahead, unless a cache is filled.
+        mask: [B, T], 1 = token, 0 = padding, on either side; None: no padding. On the right it needs no mask, since no
+            token looks ahead, unless a cache is filled.
         cache: what was read before; the new tokens are added to it.
         positions: [B, n], the places among the T tokens whose logits are wanted, n in each sequence; None: all T.
         Returns [B, n, W] (those of padding mean nothing). LlamaError: both or neither of ids and embeds, another mask's
         shape, more tokens than the context or the cache has room for.
         """
-        if (ids is None) == (embeds is None):
-            raise LlamaError("give either ids or embeds")
-        x = self.hidden(self.embed(ids) if embeds is None else embeds, mask, cache)
+        x = self.hidden(self.embed(ids, embeds), mask, cache)
         if positions is not None:
             x = x[torch.arange(len(x), device=x.device)[:, None], positions]
         return self.head(x)
@@ -327,17 +381,16 @@ class Llama(nn.Module):
         """Embeddings [B, T, D] through all layers -> [B, T, D], the final norm not yet applied. See `forward`."""
         B, T, _ = x.shape
         if mask is not None and mask.shape != (B, T):
-            raise LlamaError(f"the mask is {list(mask.shape)}, but the tokens are {[B, T]}; give one number for each token")
-        fresh = cache is None or cache.used == 0
-        if (total := T if fresh else cache.used + T) > self.config.max_position_embeddings:
-            raise LlamaError(f"{total} tokens do not fit into the context of {self.config.max_position_embeddings}; shorten the text")
-        if mask is not None and fresh and bool((mask[:, 1:] <= mask[:, :-1]).all()):
-            causal = True  # padding on the right, if any
-        else:
-            causal = fresh and mask is None
+            raise LlamaError(f"the mask is {list(mask.shape)}, the tokens are {[B, T]}; give one number for each token")
+        fresh, total = cache is None or cache.used == 0, T + (cache.used if cache else 0)
+        if total > self.config.max_position_embeddings:
+            raise LlamaError(
+                f"{total} tokens exceed the context of {self.config.max_position_embeddings}; shorten the text"
+            )
+        right = mask is None or bool((mask[:, 1:] <= mask[:, :-1]).all())  # padding, if any, comes after all tokens
         if cache is not None:
             cache.reserve(T)
-        return self.run(x, self.share(x, mask, cache, fresh, causal))
+        return self.run(x, self.share(x, mask, cache, fresh, causal=fresh and right))
 
     def decode(self, ids: Tensor, cache: Cache) -> Tensor:
         """One more token of each sequence: ids [B, 1] -> logits [B, W]. The caller has reserved its place.
@@ -351,10 +404,7 @@ class Llama(nn.Module):
     def run(self, x: Tensor, shared: Shared) -> Tensor:
         """x [B, T, D] through the layers."""
         for i, layer in enumerate(self.model.layers):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, shared, i, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, shared, i)
+            x = lean(layer, x, shared, i) if self.checkpointing else layer(x, shared, i)
         return x
 
     def share(self, x: Tensor, mask: Tensor | None, cache: Cache | None, fresh: bool, causal: bool) -> Shared:
@@ -370,7 +420,8 @@ class Llama(nn.Module):
         if cache is not None:
             positions = positions + cache.mask.sum(1, keepdim=True)  # [B, T]
             places = places + cache.place
-            cache.mask.index_copy_(1, places, torch.ones(B, T, dtype=torch.bool, device=device) if real is None else real)
+            there = torch.ones(B, T, dtype=torch.bool, device=device) if real is None else real
+            cache.mask.index_copy_(1, places, there)
             cache.place += T
         cos, sin = rope_tables(positions, self.config)
         bias = None
@@ -388,12 +439,14 @@ class Llama(nn.Module):
         reduction: "mean" over the labels or "sum". Returns a scalar, float32; 0 where there is no label.
         """
         if labels.shape != embeds.shape[:2]:
-            raise LlamaError(f"the labels are {list(labels.shape)}, but the tokens are {list(embeds.shape[:2])}; give one for each")
+            raise LlamaError(
+                f"the labels are {list(labels.shape)}, the tokens {list(embeds.shape[:2])}; give one for each"
+            )
         wanted = labels[:, 1:] != IGNORE
         x, labels = self.hidden(embeds, mask)[:, :-1][wanted], labels[:, 1:][wanted]  # [n, D], [n]
         total = x.new_zeros((), dtype=torch.float32)
         for part, answers in zip(x.split(CHUNK), labels.split(CHUNK)):  # logits [1024, W], gone before the next ones
-            total = total + checkpoint(self.loss_of, part, answers, use_reentrant=False, preserve_rng_state=False)
+            total = total + lean(self.loss_of, part, answers)
         return total / max(1, len(labels)) if reduction == "mean" else total
 
     def loss_of(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -404,45 +457,72 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def stream(
-        self, ids: Tensor | None = None, embeds: Tensor | None = None, mask: Tensor | None = None, max_new_tokens: int = 256,
-        temperature: float = 0.0, generator: torch.Generator | None = None, stop: int | None = 2,
+        self, ids: Tensor | None = None, embeds: Tensor | None = None, mask: Tensor | None = None,
+        max_new_tokens: int = 256, temperature: float = 0.0, generator: torch.Generator | None = None,
+        stop: int | None = 2,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Continue B prompts (see `forward`; pad them on the left): yields ids [B], one of each sequence at a time.
 
         temperature: 0 takes the most likely word; else words are drawn from softmax(logits / temperature).
         stop: the id that ends a sequence (</s>), and goes on filling it; all ended: the end. None: never.
         max_new_tokens: at most so many, and never more than the context has room for.
-        LlamaError: a prompt as long as the context.
+        LlamaError: a prompt as long as the context, no token asked for.
         """
-        x = self.embed(ids) if embeds is None else embeds
+        x = self.embed(ids, embeds)
         (B, T, _), device = x.shape, x.device
-        n = min(max_new_tokens, self.config.max_position_embeddings - T)
-        if n < 1 <= max_new_tokens:
-            raise LlamaError(f"a prompt of {T} tokens leaves no room in the context of {self.config.max_position_embeddings}; shorten it")
+        context = self.config.max_position_embeddings
+        n = min(max_new_tokens, context - T)
+        if T >= context:
+            raise LlamaError(f"a prompt of {T} tokens leaves no room in the context of {context}; shorten it")
+        if n < 1:
+            raise LlamaError(f"max_new_tokens is {max_new_tokens}; ask for at least one")
         size = math.ceil((T + n) / 64) * 64  # few different sizes, for a compiled step
-        cache = Cache(self.config, B, size, self.lm_head.weight.dtype, device)
+        cache = Cache(self.config, B, size, self.model.embed_tokens.weight.dtype, device)
         last = torch.full((B, 1), T - 1, device=device)
         if mask is not None:
             last = (mask.bool() * torch.arange(T, device=device)).amax(1, keepdim=True)
         logits = self(embeds=x, mask=mask, cache=cache, positions=last)[:, 0]  # [B, W]
         done = torch.zeros(B, dtype=torch.bool, device=device)
-        for i in range(n):
-            if i:
-                cache.reserve(1)
-                logits = self.decode(token[:, None], cache)
+        while True:
             token = choose(logits, temperature, generator)
             if stop is not None:
                 token = token.masked_fill(done, stop)
-                done = done | (token == stop)
+                done = token == stop
             yield token
-            if done.all():
+            n -= 1
+            if n == 0 or stop is not None and done.all():
                 return
+            cache.reserve(1)
+            logits = self.decode(token[:, None], cache)
 
     def generate(self, *args, stop: int | None = 2, **options) -> list[list[int]]:
         """The ids that continue each of the B prompts, without the `stop` that ends them. Arguments: see `stream`."""
         steps = [token.tolist() for token in self.stream(*args, stop=stop, **options)]
         texts = [list(text) for text in zip(*steps)]
         return [text[: text.index(stop)] if stop in text else text for text in texts]
+
+
+class PackedLinear(nn.Module):
+    """A linear layer of a CPU model whose weight is in oneDNN's own blocked layout, which few rows pass fastest."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+def pack(model: Llama) -> Llama:
+    """Make a model on the CPU generate faster, float32 or bfloat16. It can be neither trained nor saved afterwards.
+
+    Each linear layer is replaced, one at a time, so that there is no second copy of the weights. Returns the model.
+    """
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear) and layer.weight.device.type == "cpu":
+                setattr(parent, name, PackedLinear(layer.weight))
+    return model
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
@@ -476,12 +556,14 @@ class Tokenizer:
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
-            raise LlamaError(f"{path}: is no sentencepiece model; give the tokenizer.model that came with the weights") from None
+            raise LlamaError(f"{path}: is no sentencepiece model; give the weights' own tokenizer.model") from None
         self.vocab_size, self.bos, self.eos = self.pieces.vocab_size(), self.pieces.bos_id(), self.pieces.eos_id()
         if min(self.bos, self.eos) < 0:
             raise LlamaError(f"{path}: has no <s> or no </s>; give a tokenizer trained for Llama")
         if vocab_size not in (None, self.vocab_size):
-            raise LlamaError(f"{path}: has {self.vocab_size} words, the model {vocab_size}; give the tokenizer that came with the weights")
+            raise LlamaError(
+                f"{path}: has {self.vocab_size} words, the model {vocab_size}; give the weights' own tokenizer.model"
+            )
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of a text, with <s> before and </s> behind where asked for."""
@@ -528,8 +610,8 @@ META: dict[str, tuple[str, int | None]] = {
     "norm": ("norm", None),
     "lm_head": ("output", 0),
 }  # fmt: skip
-_INDEXES = {"model.safetensors.index.json": "model.safetensors", "pytorch_model.bin.index.json": "pytorch_model.bin"}
 _LEFT_OUT = ("rope.freqs", "rotary_emb.inv_freq")  # tables that some files carry along
+_OTHER = "a file is missing, or a file or the config is another model's"
 
 
 def meta_name(name: str) -> tuple[str, int | None]:
@@ -543,7 +625,8 @@ def meta_name(name: str) -> tuple[str, int | None]:
 def pairs(weight: Tensor, d: int, meta: bool) -> Tensor:
     """A q or k projection [H * d, D] as [H, d / 2, 2, D], the two channels of each rotated pair side by side: so they
     are in Meta's layout, while in transformers' all first ones of a head come before all second ones."""
-    return weight.view(-1, d // 2, 2, weight.shape[1]) if meta else weight.view(-1, 2, d // 2, weight.shape[1]).transpose(1, 2)
+    D = weight.shape[1]
+    return weight.view(-1, d // 2, 2, D) if meta else weight.view(-1, 2, d // 2, D).transpose(1, 2)
 
 
 class Weights:
@@ -554,85 +637,81 @@ class Weights:
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path)
-        self.path, self.folder = path, path if path.is_dir() else path.parent
-        self.files, index = find_files(path)
-        self.parts: dict[str, list[tuple[Path, torch.Size]]] = {}
+        self.path = Path(path)
+        self.folder = self.path if self.path.is_dir() else self.path.parent
+        self.files, index = find_files(self.path)
+        self.parts: dict[
+            str, dict[Path, list[int]]
+        ] = {}  # by a tensor's name: the files with (a shard of) it, its shape
         for file in self.files:
-            for name, shape in shapes_in(file).items():
+            for name, value in read_tensors(file).items():
                 if not name.endswith(_LEFT_OUT):
-                    self.parts.setdefault(name, []).append((file, shape))
+                    self.parts.setdefault(name, {})[file] = list(value.shape)
         for name, file in index.items():
-            if self.folder / file not in (found for found, _ in self.parts.get(name, [])) and not name.endswith(_LEFT_OUT):
-                raise LlamaError(f"{self.folder / file}: has no tensor {name}, which its index says; it is another model's")
+            if self.folder / file not in self.parts.get(name, {}) and not name.endswith(_LEFT_OUT):
+                raise LlamaError(
+                    f"{self.folder / file}: lacks tensor {name}, against its index; it is another model's file"
+                )
         self.meta = "tok_embeddings.weight" in self.parts
-        self.config = self.meta_config() if self.meta else self.transformers_config()
+        file = self.folder / ("params.json" if self.meta else "config.json")
+        values = read_json(file)
+        self.config = self.meta_config(values, file) if self.meta else LlamaConfig.from_transformers(values, file)
         with torch.device("meta"):
             self.shapes = {name: parameter.shape for name, parameter in Llama(self.config).named_parameters()}
         self.check()
 
-    def transformers_config(self) -> LlamaConfig:
-        file = self.folder / "config.json"
-        return LlamaConfig.from_transformers(read_json(file), file)
-
-    def meta_config(self) -> LlamaConfig:
-        """From params.json, and what it leaves to the tensors."""
-        file = self.folder / "params.json"
-        values = read_json(file)
+    def meta_config(self, values: dict, file: Path) -> LlamaConfig:
+        """From the contents of params.json, which leave two sizes to the tensors."""
+        if values.get("use_scaled_rope"):
+            raise LlamaError(f"{file}: scales the rotary embedding, as Llama 2 does not; give a Llama 2 model")
+        rows = {name: len(self.files) * max(parts.values())[0] for name, parts in self.parts.items()}
         try:
-            if values.get("use_scaled_rope"):
-                raise LlamaError(f"{file}: it scales its rotary embedding, which Llama 2 does not; give a Llama 2 model")
             return LlamaConfig(
-                vocab_size=sum(shape[0] for _, shape in self.parts["output.weight"]),
-                hidden_size=values["dim"],
-                intermediate_size=sum(shape[0] for _, shape in self.parts["layers.0.feed_forward.w1.weight"]),
-                num_hidden_layers=values["n_layers"],
-                num_attention_heads=values["n_heads"],
-                num_key_value_heads=values.get("n_kv_heads"),
-                rms_norm_eps=values["norm_eps"],
-                rope_theta=values.get("rope_theta") or 10000.0,
-            )
+                vocab_size=rows["output.weight"], hidden_size=values["dim"],
+                intermediate_size=rows["layers.0.feed_forward.w1.weight"], num_hidden_layers=values["n_layers"],
+                num_attention_heads=values["n_heads"], num_key_value_heads=values.get("n_kv_heads"),
+                rms_norm_eps=values["norm_eps"], rope_theta=values.get("rope_theta") or 10000.0,
+            )  # fmt: skip
         except KeyError as error:
-            raise LlamaError(f"{self.folder}: params.json or the weights lack {error.args[0]}; download them again") from None
+            raise LlamaError(f"{file}: it or the weights lack {error.args[0]}; download them again") from None
 
     def source(self, name: str) -> tuple[str, int | None]:
-        """The name in the files of one of our parameters, and the dimension that shards split."""
+        """The name in the files of one of our parameters, and the dimension that its shards split."""
         return meta_name(name) if self.meta else (name, None)
 
     def check(self) -> None:
         """That the files hold this model's tensors and no others."""
+        left_over = set(self.parts) - ({"lm_head.weight"} if self.config.tie_word_embeddings else set())
         for name, shape in self.shapes.items():
             source, dim = self.source(name)
-            parts = self.parts.get(source, [])
-            for file in self.files if self.meta else [self.path]:
-                if not any(self.meta is False or found == file for found, _ in parts):
-                    raise LlamaError(f"{file}: tensor {source} is missing; a file is lacking, or the config is another model's")
+            parts = self.parts.get(source, {})
+            for file in self.files if self.meta else list(parts) or [self.path]:
+                if file not in parts:
+                    raise LlamaError(f"{file}: lacks tensor {source}; {_OTHER}")
+                want = [n // (len(self.files) if i == dim else 1) for i, n in enumerate(shape)]
+                if parts[file] != want:
+                    raise LlamaError(f"{file}: tensor {source} is {parts[file]}, not {want}; {_OTHER}")
             if not self.meta and len(parts) > 1:
-                raise LlamaError(f"{parts[1][0]}: holds tensor {name} a second time; remove the file that is not this model's")
-            for file, found in parts:
-                want = list(shape)
-                if dim is not None:
-                    want[dim] //= len(self.files)
-                if list(found) != want:
-                    raise LlamaError(f"{file}: tensor {source} is {list(found)}, not {want}; a file is lacking or another model's")
-        known = {self.source(name)[0] for name in self.shapes} | ({"lm_head.weight"} if self.config.tie_word_embeddings else set())
-        if odd := sorted(self.parts.keys() - known):
-            raise LlamaError(f"{self.parts[odd[0]][0][0]}: tensor {odd[0]} has no place in the model that the config describes")
+                raise LlamaError(f"{max(parts)}: holds tensor {source} a second time; {_OTHER}")
+            left_over.discard(source)
+        if left_over:
+            name = min(left_over)
+            raise LlamaError(f"{min(self.parts[name])}: tensor {name} has no place in the model; {_OTHER}")
 
     def copy(self, name: str, target: Tensor) -> None:
         """A parameter's values into `target`, of its shape, any dtype and device."""
         source, dim = self.source(name)
         turned = self.meta and name.endswith(("q_proj.weight", "k_proj.weight"))
         target = pairs(target, self.config.head_size, meta=False) if turned else target
-        parts = self.parts[source] if dim is not None else self.parts[source][:1]
-        for (file, _), place in zip(parts, target.chunk(len(parts), dim or 0)):
-            value = read_tensor(file, source)
+        files = sorted(self.parts[source])[: None if dim is not None else 1]
+        for file, place in zip(files, target.chunk(len(files), dim or 0)):
+            value = read_tensors(file)[source]
             place.copy_(pairs(value, self.config.head_size, meta=True) if turned else value)
 
     def __getitem__(self, name: str) -> Tensor:
         """A parameter as a new tensor, in the files' dtype."""
         source = self.source(name)[0]
-        value = torch.empty(self.shapes[name], dtype=read_tensor(self.parts[source][0][0], source).dtype)
+        value = torch.empty(self.shapes[name], dtype=read_tensors(min(self.parts[source]))[source].dtype)
         self.copy(name, value)
         return value
 
@@ -641,26 +720,28 @@ def find_files(path: Path) -> tuple[list[Path], dict[str, str]]:
     """The files of weights in a folder (or the one file), and what an index says is where."""
     if path.is_file():
         return [path], {}
-    for index, single in _INDEXES.items():
-        if (path / index).exists():
-            places = read_json(path / index).get("weight_map", {})
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (index := path / f"{single}.index.json").exists():
+            places = read_json(index).get("weight_map", {})
             return [path / name for name in sorted(set(places.values()))], places
         if (path / single).exists():
             return [path / single], {}
     files = sorted(path.glob("consolidated.*.pth"))
-    expected = [path / f"consolidated.{i:02d}.pth" for i in range(len(files))]
-    if lacking := set(expected) - set(files):
-        raise LlamaError(f"{min(lacking)}: is missing, though later ones are there; download it again")
     if not files:
-        raise LlamaError(f"{path}: no such file, or no folder with model.safetensors, its index, or consolidated.00.pth")
+        raise LlamaError(f"{path}: no such file, nor a folder with model.safetensors, its index or consolidated.00.pth")
+    if lacking := {path / f"consolidated.{i:02d}.pth" for i in range(len(files))} - set(files):
+        raise LlamaError(f"{min(lacking)}: is missing, while later ones are there; download it again")
     return files, {}
 
 
-@contextmanager
-def readable(file: Path) -> Iterator[None]:
-    """Turns whatever goes wrong when a file of weights is read into a sentence."""
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """A file's tensors by name, mapped and not yet read, if its format allows that. No code in a pickle is run."""
     try:
-        yield
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                return {name: tensors.get_tensor(name) for name in tensors.keys()}
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
     except FileNotFoundError:
         raise LlamaError(f"{file}: is missing; download it again") from None
     except Exception as error:  # a damaged file can fail in any way
@@ -668,31 +749,8 @@ def readable(file: Path) -> Iterator[None]:
         raise LlamaError(f"{file}: cannot be read as weights ({reason}); download it again") from None
 
 
-def read_pth(file: Path) -> dict[str, Tensor]:
-    """A pickled file's tensors, mapped where its format allows. No code in it is run."""
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def shapes_in(file: Path) -> dict[str, torch.Size]:
-    """The names and shapes of a file's tensors."""
-    with readable(file):
-        if file.suffix != ".safetensors":
-            return {name: value.shape for name, value in read_pth(file).items()}
-        with safe_open(file, "pt") as tensors:
-            return {name: torch.Size(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-
-
-def read_tensor(file: Path, name: str) -> Tensor:
-    """A tensor of a file, mapped."""
-    with readable(file):
-        if file.suffix != ".safetensors":
-            return read_pth(file)[name]
-        with safe_open(file, "pt") as tensors:
-            return tensors.get_tensor(name)
-
-
 def read_json(file: Path) -> dict:
+    """The object in a JSON file."""
     try:
         values = json.loads(file.read_text())
     except FileNotFoundError:
@@ -716,9 +774,8 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
     with torch.device("meta"):  # no memory and no time for initial values that the files replace
         model = Llama(weights.config).to(dtype)
     model.to_empty(device=device).tie()
-    largest_first = sorted(model.named_parameters(), key=lambda item: -item[1].numel())  # least is mapped when most is read
-    for name, parameter in largest_first:
-        weights.copy(name, parameter)
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: -item[1].numel()):
+        weights.copy(name, parameter)  # the largest first: little is mapped when the most is read
     return model.eval()
 
 
@@ -729,7 +786,7 @@ def save(model: Llama, folder: str | Path) -> None:
     """
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with new_folder(folder) as temporary:
-        write_transformers(temporary, model.config, state, state.__getitem__)
+        write_transformers(temporary, model.config, list(state), state.__getitem__)
 
 
 @contextmanager
@@ -749,35 +806,27 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_transformers(folder: Path, config: LlamaConfig, names: Iterable[str], get: Callable[[str], Tensor]) -> None:
-    """config.json and the tensors `get` gives, in files of at most SHARD bytes, of which one is in memory at a time."""
-    shards, shard, size, total, places = [], {}, 0, 0, {}
-
-    def write() -> None:
-        shards.append(folder / f"{len(shards)}.tmp")
-        save_file(shard, shards[-1], {"format": "pt"})
-        shards[-1].chmod(mode)  # safetensors would let no one but the owner read
-        places.update(dict.fromkeys(shard, len(shards)))
-        shard.clear()
-
-    (folder / "config.json").touch()
-    mode, dtype = (folder / "config.json").stat().st_mode, torch.float32
-    for name in names:
-        tensor = get(name).cpu().contiguous()
-        dtype = tensor.dtype
-        if shard and size + tensor.nbytes > SHARD:
-            write()
-            size = 0
-        shard[name], size, total = tensor, size + tensor.nbytes, total + tensor.nbytes
-    write()
-    files = {i: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)}
-    files = {1: "model.safetensors"} if len(shards) == 1 else files
-    for i, shard_file in enumerate(shards, 1):
-        shard_file.rename(folder / files[i])
-    if len(shards) > 1:
-        index = dict(metadata=dict(total_size=total), weight_map={name: files[i] for name, i in places.items()})
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+def write_transformers(folder: Path, config: LlamaConfig, names: list[str], get: Callable[[str], Tensor]) -> None:
+    """config.json and the tensors that `get` gives, in files of SHARD bytes at most, one in memory at a time."""
+    with torch.device("meta"):
+        sizes = {name: parameter.numel() for name, parameter in Llama(config).named_parameters()}
+    dtype = get(names[-1]).dtype
     (folder / "config.json").write_text(json.dumps(config.to_transformers(dtype), indent=2))
+    shards, filled = [[]], 0
+    for name in names:
+        if filled and filled + sizes[name] * dtype.itemsize > SHARD:
+            shards, filled = [*shards, []], 0
+        shards[-1].append(name)
+        filled += sizes[name] * dtype.itemsize
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else ["model.safetensors"]
+    for file, shard in zip(files, shards):
+        save_file({name: get(name).cpu().contiguous() for name in shard}, folder / file, {"format": "pt"})
+        (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors lets no one but the owner read
+    if len(shards) > 1:
+        index = dict(metadata=dict(total_size=sum(sizes.values()) * dtype.itemsize))
+        index["weight_map"] = {name: file for file, shard in zip(files, shards) for name in shard}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def write_meta(folder: Path, weights: Weights) -> None:
@@ -795,11 +844,11 @@ def write_meta(folder: Path, weights: Weights) -> None:
 
 
 def convert(source: str | Path, target: str | Path) -> str:
-    """Meta's layout -> transformers', or the other way round, into a new folder; the dtype stays. Returns a sentence."""
+    """Meta's layout -> transformers', or the other way round, in a new folder; the dtype stays. Returns a sentence."""
     weights = Weights(source)
     with new_folder(target) as temporary:
         if weights.meta:
-            write_transformers(temporary, weights.config, weights.shapes, weights.__getitem__)
+            write_transformers(temporary, weights.config, list(weights.shapes), weights.__getitem__)
         else:
             write_meta(temporary, weights)
         for folder in (weights.folder, weights.folder.parent)[: 2 if weights.meta else 1]:  # Meta has it one level up
@@ -811,8 +860,9 @@ def convert(source: str | Path, target: str | Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command; its help is `python llama.py --help`."""
-    parser = argparse.ArgumentParser(description="Convert the weights of Llama 2 between Meta's layout and transformers'.")
-    command = parser.add_subparsers(dest="command", required=True).add_parser("convert", help="from either layout to the other")
+    parser = argparse.ArgumentParser(description="Convert weights of Llama 2 between Meta's layout and transformers'.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("convert", help="from either layout to the other; the folder says which it is")
     command.add_argument("source", help="folder (or file) with the weights and params.json or config.json")
     command.add_argument("target", help="the folder to make")
     args = parser.parse_args(argv)

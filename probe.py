@@ -307,26 +307,29 @@ def metrics(counts: Tensor, places: int) -> dict:
     `recall_by_size`: over objects whose class fills (0, 10%], (10%, 20%], ... of its image's patches (figure 8). None
     stands where there is nothing to measure.
     """
-    found, said, true = counts.sum(1).double()  # [C] each
+    counts = counts.cpu().numpy()
+    found, said, true = counts.sum(1).astype(float)  # [C] each
     total, occurs = counts.shape[1] * places, true > 0
+    size = -(-10 * counts[2] // places).ravel()  # [M * C], rounded up: 0 not in the image, 1 to 10 the bin
+    in_bin = [np.bincount(size, counts[i].ravel(), minlength=11)[1:] for i in (0, 2)]  # found, true
     right = (total - said - true + 2 * found) / total
-    recall, precision = (found / true)[occurs], (found / said)[occurs]
-    size = (counts[2] * 10 + places - 1) // places - 1  # [M, C]: the bin, in integers; -1: not in this image
-    by_size = [counts[0][size == b].sum() / counts[2][size == b].sum() for b in range(10)]
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan, and means nothing to measure
+        class_recall, by_size, f1 = found / true, in_bin[0] / in_bin[1], 2 * found / (said + true)
+    predicted = occurs & (said > 0)
     return {
-        "recall": recall.mean().item(),
-        "accuracy": right.mean().item(),
-        "macro_accuracy": right[occurs].mean().item(),
-        "precision": precision.nanmean().item(),
-        "f1": (2 * found / (said + true))[occurs].mean().item(),
+        "recall": float(class_recall[occurs].mean()),
+        "accuracy": float(right.mean()),
+        "macro_accuracy": float(right[occurs].mean()),
+        "precision": float((found[predicted] / said[predicted]).mean()) if predicted.any() else None,
+        "f1": float(f1[occurs].mean()),
         "classes": int(occurs.sum()),
-        "never_predicted": int((occurs & (said == 0)).sum()),
-        "class_recall": numbers(found / true),
-        "recall_by_size": numbers(torch.stack(by_size)),
+        "never_predicted": int((occurs & ~predicted).sum()),
+        "class_recall": numbers(class_recall),
+        "recall_by_size": numbers(by_size),
     }
 
 
-def numbers(values: Tensor) -> list[float | None]:
+def numbers(values: np.ndarray) -> list[float | None]:
     """Nan becomes None: JSON has no nan."""
     return [None if math.isnan(v) else v for v in values.tolist()]
 
@@ -386,22 +389,24 @@ class Run:
             tqdm.write(text, file=sys.stderr)
 
 
-def backbone_names(files: tuple[str, ...]) -> dict[str, str]:
-    """What each backbone is called, and its argument: the file's name, with its folder's where two files share one."""
-    paths = [Path(file.rpartition("=")[2]) for file in files]
-    names = [path.stem for path in paths]
-    names = [f"{path.parent.name}-{name}" if names.count(name) > 1 else name for path, name in zip(paths, names)]
-    if len(set(names)) < len(files):
+def named(backbones: tuple[str, ...]) -> dict[str, tuple[str, str | None]]:
+    """What each backbone is called -> its file, and its name in vit.BACKBONES where the argument is NAME=FILE.
+
+    It is called as its file, with the folder's name before it where two files share one. RunError if that is not enough.
+    """
+    split = [text.split("=", 1)[::-1] if text.split("=")[0] in vit.BACKBONES else (text, None) for text in backbones]
+    names = [Path(path).stem for path, _ in split]
+    names = [f"{Path(path).parent.name}-{name}" if names.count(name) > 1 else name for (path, _), name in zip(split, names)]
+    if len(set(names)) < len(names):
         raise RunError(f"two backbones are called {max(names, key=names.count)}: rename a file or its folder")
-    return dict(zip(names, files))
+    return {name: tuple(pair) for name, pair in zip(names, split)}
 
 
-def load_backbone(file: str, options: Options) -> ViT:
-    """A backbone from its argument, FILE or NAME=FILE, or --init's random one."""
+def load_backbone(path: str, config: str | None, options: Options) -> ViT:
+    """A backbone from its file, or --init's random one."""
     if options.init:
         return ViT(random_config(options.init))
-    config, _, path = file.rpartition("=")
-    backbone = vit.load(path, config or None)
+    backbone = vit.load(path, config)
     if not 0 <= options.skip_blocks <= backbone.config.depth:
         raise RunError(f"--skip-blocks {options.skip_blocks}: {path} has {backbone.config.depth} blocks")
     return backbone
@@ -419,34 +424,6 @@ def sources(options: Options, size: int) -> tuple[Source, Source]:
 # What the trained part reads: a frozen backbone's tokens, made once; pixels where the backbone itself is trained
 
 
-class Pairs(torch.utils.data.Dataset):
-    """index -> pixels uint8 [3, S, S], and the labels of patches and image. Sets are packed 8 classes a byte (`unpack`):
-    uint8 [N, C / 8] (`majority`: [N, 1], the class) and [C / 8]."""
-
-    def __init__(self, source: Source, patch: int, labels: str, most: int | None = None):
-        self.source, self.patch, self.labels = source, patch, labels
-        most = min(most or len(source), len(source))
-        self.chosen = np.linspace(0, len(source), most, endpoint=False).astype(int)  # evenly spaced
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        item, classes = self.source[int(self.chosen[index])], len(self.source.names)
-        if self.labels == "majority":
-            patches = data.majority(item.labels, self.patch, classes)[:, None]
-        else:
-            patches = np.packbits(data.union(item.labels, self.patch, classes), -1, "little")
-        whole = np.packbits(data.global_union(item.labels, classes), -1, "little")
-        return data.to_tensor(item.image), torch.from_numpy(patches), torch.from_numpy(whole)
-
-
-def unpack(packed: Tensor, classes: int) -> Tensor:
-    """uint8 [..., C / 8] -> bool [..., C]."""
-    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return (packed[..., None] >> bits & 1).flatten(-2)[..., :classes].bool()
-
-
 class Inputs:
     """The images of a source as the trained part reads them: batches of (x, labels of patches, labels of images).
 
@@ -454,7 +431,7 @@ class Inputs:
     `cache` makes all of them at once, which is right because neither changes between epochs.
     """
 
-    def __init__(self, pairs: Pairs, config: ViTConfig, backbone: ViT | None, run: Run):
+    def __init__(self, pairs: data.PatchLabels, config: ViTConfig, backbone: ViT | None, run: Run):
         self.pairs, self.config, self.backbone, self.run = pairs, config, backbone, run
         self.kept: list[Tensor] = []
 
@@ -554,13 +531,13 @@ def learning_rate(update: int, updates: int, options: Options) -> float:
 class Training:
     """One head on one backbone: updates, evaluations, checkpoints, result."""
 
-    def __init__(self, run: Run, probe: Probe, file: str, folder: Path, inputs: tuple[Inputs, Inputs]):
+    def __init__(self, run: Run, probe: Probe, file: tuple[str, str | None], folder: Path, inputs: tuple[Inputs, Inputs]):
         o = run.options
         self.run, self.probe, self.folder, (self.train, self.val) = run, probe, folder, inputs
         self.source, config = self.val.pairs.source, self.val.config
-        self.classes, self.settings = len(self.source.names), settings(o, file)
+        self.classes, self.settings = len(self.source.names), settings(o, file[0])
         torch.manual_seed(probe.seed)
-        backbone = load_backbone(file, o) if o.finetune else None
+        backbone = load_backbone(*file, o) if o.finetune else None
         self.model = Model(make_head(probe, config, self.classes), backbone, o.skip_blocks).to(run.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True)
         self.per_epoch = len(self.train.pairs) // o.batch
@@ -574,7 +551,7 @@ class Training:
         if self.probe.task == "local" and self.run.options.labels == "majority":
             return patches[..., 0].long().to(self.run.device)
         packed = patches if self.probe.task == "local" else whole
-        return unpack(packed.to(self.run.device), self.classes)
+        return data.unpack(packed.to(self.run.device), self.classes)
 
     def order(self, epoch: int) -> tuple[list[list[int]], list[Tensor]]:
         """The images of each update of an epoch, and which of them are mirrored (none without --flip)."""
@@ -603,7 +580,8 @@ class Training:
         run, o = self.run, self.run.options
         log = open(self.folder / "log.jsonl", "a", buffering=1)
         title = f"{self.folder.parent.name}: {self.probe.title}"
-        bar, started, first = run.progress(self.updates, title, "update", self.update), time.perf_counter(), self.update
+        started, first = time.perf_counter(), self.update
+        bar = run.progress(self.updates, title, "update", self.update)
         for epoch in range(self.update // self.per_epoch, o.epochs):
             order, mirrored = self.order(epoch)
             done = self.update - epoch * self.per_epoch
@@ -624,11 +602,10 @@ class Training:
             self.end_epoch({"epoch": epoch + 1, "update": self.update, "train_loss": loss}, log)
         bar.close()
         config, groups = self.val.config, {kind: list(members) for kind, members in self.source.groups.items()}
-        result = {
+        write_result(self.folder, {
             "settings": self.settings, "probe": asdict(self.probe), "best": self.best, "epochs": self.epochs, "maps": self.maps,
             "geometry": [config.image_size, config.patch_size], "classes": {"names": self.source.names, "groups": groups},
-        }  # fmt: skip
-        write_atomically(self.folder / "result.json", lambda temporary: temporary.write_text(json.dumps(result)))
+        })  # fmt: skip
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
 
     def end_epoch(self, values: dict, log: object) -> None:
@@ -637,7 +614,7 @@ class Training:
         scalars = {name: value for name, value in values.items() if not isinstance(value, list)}
         self.epochs.append(scalars)
         print(json.dumps(scalars), file=log)
-        shown = ("epoch", "train_loss", "loss", *(name for name in scalars if name.startswith("recall")))
+        shown = ("epoch", "train_loss", "loss", *(name for name in scalars if name.startswith("recall") and scalars[name] is not None))
         self.run.say(f"{self.folder.parent.name}: {self.probe.title}: " + ", ".join(f"{k} {scalars[k]:.4g}" for k in shown))
         if values["recall"] > self.best["recall"]:
             self.best = values
@@ -660,8 +637,10 @@ class Training:
             counts.append(tally(logits, targets).cpu())
         places = self.val.config.num_patches if self.probe.task == "local" else 1
         values = {"loss": loss} | metrics(torch.cat(counts, 1), places)
-        recall = torch.tensor([math.nan if r is None else r for r in values["class_recall"]])
-        return values | {f"recall_{kind}": recall[list(members)].nanmean().item() for kind, members in self.source.groups.items()}
+        for kind, members in self.source.groups.items():
+            there = [values["class_recall"][c] for c in members if values["class_recall"][c] is not None]
+            values[f"recall_{kind}"] = sum(there) / len(there) if there else None
+        return values
 
     @torch.no_grad()
     def predict(self, images: list[int]) -> list[list[int]]:
@@ -704,12 +683,12 @@ class Training:
         write_atomically(log, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
 
 
-def settings(options: Options, file: str) -> dict:
+def settings(options: Options, path: str) -> dict:
     """What a result depends on, beside the probe: options, and the backbone file (its size and time)."""
     kept = {f.name: getattr(options, f.name) for f in fields(Options) if not f.metadata["machine"]}
     if options.init:
         return kept
-    status = os.stat(file.rpartition("=")[2])
+    status = os.stat(path)
     return kept | {"backbone": [status.st_size, status.st_mtime_ns]}
 
 
@@ -733,6 +712,11 @@ def write_atomically(path: Path, write: object) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_result(folder: Path, result: dict) -> None:
+    """A probe's result.json."""
+    write_atomically(folder / "result.json", lambda temporary: temporary.write_text(json.dumps(result)))
+
+
 def shown_images(options: Options, count: int) -> list[int]:
     """The validation images in the picture: --show's, or 6 at random."""
     if options.show:
@@ -752,63 +736,64 @@ def measure_leakage(backbone: ViT, inputs: Inputs, run: Run) -> dict[str, float]
     """How much of a patch's content is told by other patches' features, in float32; 0: each speaks of its own place only.
 
     In each image a random block of patches, a quarter to half of the grid a side, is replaced by the same block of the
-    next image. `leakage` is the mean squared change of the features at patches outside the block over that inside;
-    `leakage_near` at patches that touch it, `leakage_far` further away.
+    next image. `leakage` is the mean squared change of the features at patches outside the block over that inside, each
+    image counting alike; `leakage_near` at the patches that touch the block, `leakage_far` at those further away.
     """
-    config, device = backbone.config, run.device
-    g, p, count = config.grid, config.patch_size, len(inputs.pairs)
-    change, patches = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)  # inside, near, far
-    with run.progress(count, "leakage", "image") as bar:
-        for chunk, (pixels, *_) in zip(chunks(count), inputs.stream(chunks(count))):
-            block = torch.zeros(len(chunk), 1, g, g)
-            for mask, index in zip(block[:, 0], chunk):
-                rng = data.generator("leakage", index)
-                height, width = rng.integers(max(1, g // 4), max(1, g // 2), 2, endpoint=True)
-                top, left = rng.integers(0, (g - height + 1, g - width + 1))
-                mask[top : top + height, left : left + width] = 1
+    config, device, changes = backbone.config, run.device, []
+    g, p, parts = config.grid, config.patch_size, chunks(len(inputs.pairs))
+    with run.progress(len(parts), "leakage", "batch") as bar:
+        for part, (pixels, *_) in zip(parts, inputs.stream(parts)):
+            block = torch.stack([random_block(g, i) for i in part])[:, None]  # [B, 1, g, g]
             near = F.max_pool2d(block, 3, 1, 1) - block
-            hidden = F.pad(F.interpolate(block, scale_factor=p), [0, config.image_size - g * p] * 2).bool()  # [B, 1, S, S]
-            pair = torch.stack([pixels, torch.where(hidden, pixels.roll(-1, 0), pixels)])
-            tokens = [backbone(vit.normalize(x.to(device), config), skip_blocks=run.options.skip_blocks) for x in pair]
-            difference = (tokens[1] - tokens[0])[:, config.num_prefix :].double().square().mean(-1).cpu()  # [B, N]
-            for i, zone in enumerate((block, near, 1 - block - near)):
-                change[i] += (difference * zone.flatten(1)).sum()
-                patches[i] += zone.sum()
-            bar.update(len(chunk))
+            pasted = F.pad(F.interpolate(block, scale_factor=p), [0, config.image_size - g * p] * 2).bool()  # [B, 1, S, S]
+            pair = pixels, torch.where(pasted, pixels.roll(-1, 0), pixels)
+            before, after = (backbone(vit.normalize(x.to(device), config), skip_blocks=run.options.skip_blocks) for x in pair)
+            change = (after - before)[:, config.num_prefix :].double().square().mean(-1).cpu()  # [B, N]
+            zones = [zone.flatten(1) for zone in (block, 1 - block, near, 1 - block - near)]
+            changes.append(torch.stack([(change * zone).sum(1) / zone.sum(1) for zone in zones]))
+            bar.update()
             run.check_stop("while measuring leakage")
-    inside, near, far = (change / patches).tolist()
-    outside = (change[1:].sum() / patches[1:].sum()).item()
-    return {"leakage": outside / inside, "leakage_near": near / inside, "leakage_far": far / inside}
+    inside, *others = torch.cat(changes, 1)  # [M] each; nan where an image has no patch further away
+    ratios = [(zone.nansum() / inside[~zone.isnan()].sum()).item() for zone in others]
+    return dict(zip(("leakage", "leakage_near", "leakage_far"), ratios))
+
+
+def random_block(grid: int, index: int) -> Tensor:
+    """The block of patches that is replaced in an image, the same every time: 1 inside, [grid, grid]."""
+    rng, block = data.generator("leakage", index), torch.zeros(grid, grid)
+    height, width = rng.integers(max(1, grid // 4), max(1, grid // 2), 2, endpoint=True)
+    top, left = rng.integers(0, (grid - height + 1, grid - width + 1))
+    block[top : top + height, left : left + width] = 1
+    return block
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Report
 
-Results = dict[str, dict[str, list[dict]]]  # backbone -> column -> what result.json holds of each seed
+Scores = dict[str, dict[str, dict[str, np.ndarray]]]  # backbone -> column -> metric -> [seeds] or [seeds, ...]
 
 
-def collect(run: Run) -> Results:
-    """All results of this call, read back from their files."""
-    results: Results = {}
-    for name in backbone_names(run.options.backbones):
+def collect(run: Run) -> tuple[list[dict], Scores]:
+    """What the result.json files of this call hold, and the metrics of the best epochs, seeds together."""
+    results, scores = [], {}
+    for name in named(run.options.backbones):
+        columns = scores.setdefault(name, {})
         for probe in probes(run.options):
-            result = json.loads((run.out / name / probe.folder / "result.json").read_text())
-            results.setdefault(name, {}).setdefault(probe.title, []).append(result)
-    return results
+            results.append({"backbone": name} | json.loads((run.out / name / probe.folder / "result.json").read_text()))
+            for metric, value in results[-1]["best"].items():
+                columns.setdefault(probe.title, {}).setdefault(metric, []).append(value)
+        for column in columns.values():
+            column.update({metric: np.array(values, float) for metric, values in column.items()})  # None becomes nan
+    return results, scores
 
 
-def values_of(seeds: list[dict], metric: str) -> list[float]:
-    """A metric of each seed's best epoch; nan where it cannot be measured."""
-    return [math.nan if seed["best"].get(metric) is None else seed["best"][metric] for seed in seeds]
-
-
-def text_of(values: list[float], percent: bool = True) -> str:
-    """The mean over seeds and, for several, its standard error: "44.31 ± 0.12"."""
-    scale, digits = (100, 2) if percent else (1, 4)
-    mean, count = np.mean(values) * scale, len(values)
-    if math.isnan(mean):
+def text_of(values: np.ndarray, percent: bool = True) -> str:
+    """[seeds] -> their mean and, of several, its standard error: "44.31 ± 0.12"."""
+    scale, digits, count = *((100, 2) if percent else (1, 4)), len(values)
+    if np.isnan(values.mean()):
         return "-"
-    return f"{mean:.{digits}f}" + (f" ± {np.std(values, ddof=1) / count**0.5 * scale:.{digits}f}" if count > 1 else "")
+    error = f" ± {values.std(ddof=1) / count**0.5 * scale:.{digits}f}" if count > 1 else ""
+    return f"{values.mean() * scale:.{digits}f}{error}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -816,120 +801,109 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
-def main_table(results: Results) -> str:
+def main_table(scores: Scores) -> str:
     """Macro recall in percent (and leakage) of each backbone, and in brackets how far it is from the first one's."""
-    first, rows = next(iter(results.values())), []
-    for name, columns in results.items():
-        row = [name]
-        for title, seeds in columns.items():
-            metric, percent = ("leakage", False) if title == "leakage" else ("recall", True)
-            values, base = values_of(seeds, metric), values_of(first[title], metric)
-            change = (np.mean(values) - np.mean(base)) * (100 if percent else 1)
-            row.append(text_of(values, percent) + ("" if columns is first else f" ({change:+.{2 if percent else 4}f})"))
-        rows.append(row)
+    first, rows = next(iter(scores.values())), []
+    for name, columns in scores.items():
+        rows.append([name])
+        for title, column in columns.items():
+            metric, scale, digits = ("leakage", 1, 4) if title == "leakage" else ("recall", 100, 2)
+            change = (column[metric].mean() - first[title][metric].mean()) * scale
+            rows[-1].append(text_of(column[metric], scale == 100) + ("" if columns is first else f" ({change:+.{digits}f})"))
     return table(["macro recall, %", *first], rows)
 
 
-def details(results: Results) -> str:
+def details(scores: Scores, classes: dict) -> str:
     """The other metrics of each column, recall by size (figure 8), and the classes that gain most (figure 7)."""
     parts = []
-    for title, seeds in next(iter(results.values())).items():
-        shown = {key: key.replace("_", " ") for key, value in seeds[0]["best"].items()
-                 if isinstance(value, float) and key not in ("train_loss", "recall", "macro_accuracy")}  # fmt: skip
-        if title == "leakage":
-            shown = {"leakage": "all outside", "leakage_near": "next to the block", "leakage_far": "further away"}
-        raw = lambda key: title == "leakage" or key == "loss"  # not in percent
-        rows = [[name, *(text_of(values_of(columns[title], key), not raw(key)) for key in shown)] for name, columns in results.items()]
-        parts.append(f"### {title}\n\n" + table(["backbone", *shown.values()], rows))
-        silent = {name: columns[title][0]["best"].get("never_predicted") for name, columns in results.items()}
-        if any(silent.values()):
-            parts.append("Precision leaves out classes that were never predicted: " + ", ".join(f"{v} of {k}" for k, v in silent.items()) + ".")
+    for title, column in next(iter(scores.values())).items():
+        shown = [m for m in column if column[m].ndim == 1 and m not in ("epoch", "update", "train_loss", "classes", "never_predicted")]
+        raw = {"loss", "leakage", "leakage_near", "leakage_far"}  # not in percent
+        rows = [[name, *(text_of(columns[title][m], m not in raw) for m in shown)] for name, columns in scores.items()]
+        parts += [f"### {title}", table(["backbone", *(m.replace("_", " ") for m in shown)], rows)]
+        if "never_predicted" in column:
+            silent = ", ".join(f"{columns[title]['never_predicted'].mean():g} ({name})" for name, columns in scores.items())
+            parts.append(f"Of {column['classes'][0]:g} classes that occur, never predicted, and left out of precision: {silent}.")
         if title.startswith("local"):
-            bins = [f"{10 * b}-{10 * b + 10}%" for b in range(10)]
-            sizes = {name: np.array([seed["best"]["recall_by_size"] for seed in columns[title]], float).T for name, columns in results.items()}
-            rows = [[name, *(text_of(list(values)) for values in by_bin)] for name, by_bin in sizes.items()]
-            parts.append("Recall by the share of its image's patches that a class fills:\n\n" + table(["backbone", *bins], rows))
-    return "\n\n".join(parts + most_improved(results))
+            rows = [[name, *map(text_of, columns[title]["recall_by_size"].T)] for name, columns in scores.items()]
+            parts.append("Recall by the share of its image's patches that a class fills:")
+            parts.append(table(["backbone", *(f"{b}-{b + 10}%" for b in range(0, 100, 10))], rows))
+    titles = [title for title in column_titles(scores) if title.startswith("local")]
+    if len(scores) > 1 and titles:
+        before, after = (scores[name][titles[0]]["class_recall"].mean(0) for name in (list(scores)[0], list(scores)[-1]))
+        parts += most_improved(before, after, [list(scores)[0], list(scores)[-1]], classes)
+    return "\n\n".join(parts)
 
 
-def most_improved(results: Results, most: int = 10) -> list[str]:
-    """From the first backbone to the last, the classes of each kind whose local recall gains most (figure 7)."""
-    names = list(results)
-    title = next((title for title in results[names[0]] if title.startswith("local")), None)
-    if len(names) < 2 or title is None:
-        return []
-    before, after = (np.array([seed["best"]["class_recall"] for seed in results[name][title]], float).mean(0) for name in (names[0], names[-1]))
-    classes = results[names[0]][title][0]["classes"]
-    parts = [f"### Classes that gain most from {names[0]} to {names[-1]}: {title}"]
-    for kind, members in (classes["groups"] or {"classes": list(range(len(classes["names"])))}).items():
-        seen = sorted((i for i in members if not math.isnan(after[i] - before[i])), key=lambda i: before[i] - after[i])
-        rows = [[classes["names"][i], text_of([before[i]]), text_of([after[i]]), f"{100 * (after[i] - before[i]):+.2f}"] for i in seen[:most]]
-        parts.append(table([kind, names[0], names[-1], "gain"], rows))
+def most_improved(before: np.ndarray, after: np.ndarray, names: list[str], classes: dict, most: int = 10) -> list[str]:
+    """Of each kind of classes those whose local recall [C] gains most from one backbone to another (figure 7)."""
+    parts, gain = [f"### Classes that gain most from {names[0]} to {names[1]}, local"], after - before
+    for kind, members in (classes["groups"] or {"classes": range(len(gain))}).items():
+        best = sorted((c for c in members if not np.isnan(gain[c])), key=lambda c: -gain[c])[:most]
+        rows = [[classes["names"][c], *(f"{100 * v[c]:.2f}" for v in (before, after)), f"{100 * gain[c]:+.2f}"] for c in best]
+        parts.append(table([kind, *names, "gain"], rows))
     return parts
 
 
-def scatter(results: Results, path: Path) -> dict[str, float]:
+def column_titles(scores: Scores) -> list[str]:
+    """The columns, which all backbones share."""
+    return list(next(iter(scores.values())))
+
+
+def scatter(scores: Scores, path: Path) -> dict[str, float]:
     """Figure 9, left: local against global recall of each backbone, with the trend line of three or more. Returns how
     far above that line each backbone is, its relative locality."""
-    columns = next(iter(results.values()))
-    titles = [next((title for title in columns if title.startswith(task)), None) for task in ("global", "local")]
-    if None in titles or len(results) < 2:
+    titles = [next((t for t in column_titles(scores) if t.startswith(task)), None) for task in ("global", "local")]
+    if None in titles or len(scores) < 2:
         return {}
-    points = {name: tuple(100 * float(np.mean(values_of(columns[t], "recall"))) for t in titles) for name, columns in results.items()}
-    line = None
-    if len(points) > 2 and len({x for x, _ in points.values()}) > 1:
-        line = tuple(np.polyfit(*zip(*points.values()), 1).tolist())
-    data.scatter(points, (f"{titles[0]}, macro recall %", f"{titles[1]}, macro recall %"), line).save(path)
-    return {name: y - line[0] * x - line[1] for name, (x, y) in points.items()} if line else {}
+    points = {name: tuple(100 * columns[t]["recall"].mean() for t in titles) for name, columns in scores.items()}
+    xs, ys = np.array(list(points.values())).T
+    line = tuple(np.polyfit(xs, ys, 1).tolist()) if len(points) > 2 and np.ptp(xs) > 0 else None
+    data.scatter(points, tuple(f"{title}, macro recall %" for title in titles), line).save(path)
+    return {} if line is None else {name: y - np.polyval(line, x) for name, (x, y) in points.items()}
 
 
-def picture(results: Results, run: Run, path: Path) -> None:
-    """Figure 3: image, truth and each backbone's prediction, patch by patch, with a legend."""
-    first = next(iter(results.values()))
-    title = next((title for title in first if title.startswith("local")), None)
-    if title is None:
+def picture(results: list[dict], run: Run, path: Path) -> None:
+    """Figure 3: image, truth and each backbone's prediction, patch by patch, with a legend: of the first local column."""
+    title = next(Probe(**result["probe"]).title for result in results if "geometry" in result)
+    local = {r["backbone"]: r for r in reversed(results) if Probe(**r["probe"]).title == title and r["maps"]}  # the first seed
+    if not local:
         return
-    example = first[title][0]
-    size, patch = example["geometry"]
-    pairs = Pairs(sources(run.options, size)[1], patch, "majority", run.options.val_images)
-    shown = shown_images(run.options, len(pairs))
-    truths = [pairs[i][1][:, 0].tolist() for i in shown]
-    rows = [[truth, *(columns[title][0]["maps"][row] for columns in results.values())] for row, truth in enumerate(truths)]
-    classes = sorted({c for row in rows for cells in row for c in cells} - {0})
-    colors = {c: tuple(round(255 * v) for v in colorsys.hsv_to_rgb(i / len(classes), 0.6 + 0.4 * (i % 2), 1)) for i, c in enumerate(classes)}
+    (size, patch), names = results[0]["geometry"], results[0]["classes"]["names"]
+    source = sources(run.options, size)[1]
+    pairs = data.PatchLabels(source, patch, most=run.options.val_images)
     sheet = []
-    for index, row in zip(shown, rows):
-        image = Image.fromarray(pairs[index][0].permute(1, 2, 0).numpy()).resize((192, 192), Image.Resampling.BICUBIC)
-        sheet.append([image, *(paint(image, cells, colors) for cells in row)])
-    whole = data.grid(sheet, ["image", "truth", *results])
-    data.legend(whole, {example["classes"]["names"][c]: color for c, color in colors.items()}).save(path)
-
-
-def paint(image: Image.Image, classes: list[int], colors: dict[int, tuple[int, int, int]]) -> Image.Image:
-    """A faint grey image under the colors of its patches' classes; 0 stays grey."""
-    side = math.isqrt(len(classes))
-    cells = np.array([colors.get(c, (0, 0, 0)) for c in classes], np.uint8).reshape(side, side, 3)
-    layer = Image.fromarray(cells).resize(image.size, Image.Resampling.NEAREST)
-    there = Image.fromarray(np.array([160 * (c > 0) for c in classes], np.uint8).reshape(side, side))
-    grey = image.convert("L").point(lambda v: v // 2 + 40).convert("RGB")
-    return Image.composite(layer, grey, there.resize(image.size, Image.Resampling.NEAREST))
+    for place, i in enumerate(shown_images(run.options, len(pairs))):
+        item = source[int(pairs.chosen[i])]
+        truth = data.majority(item.labels, patch, len(names), unlabeled=run.options.labels == "majority")
+        sheet.append([item.image.resize((192, 192), Image.Resampling.BICUBIC), truth.tolist()]
+                     + [local[name]["maps"][place] for name in reversed(local)])  # fmt: skip
+    classes = sorted({c for _, *maps in sheet for cells in maps for c in cells} - {0})
+    hue = {c: colorsys.hsv_to_rgb(i / len(classes), 0.6 + 0.4 * (i % 2), 1) for i, c in enumerate(classes)}
+    colors = {c: tuple(round(255 * v) for v in rgb) for c, rgb in hue.items()}
+    cells = [[image, *(data.paint(image, one, colors) for one in maps)] for image, *maps in sheet]
+    whole = data.grid(cells, ["image", "truth", *reversed(local)])
+    data.legend(whole, {names[c]: color for c, color in colors.items()}).save(path)
 
 
 def finish(run: Run) -> None:
     """Write results.json, results.md and the pictures; print the table and what comes next."""
-    o, out, results = run.options, run.out, collect(run)
-    picture(results, run, out / "picture.png")
-    locality = scatter(results, out / "scatter.png")
-    text = main_table(results)
+    o, out, (results, scores) = run.options, run.out, collect(run)
+    trained = [result for result in results if "maps" in result]
+    if trained:
+        picture(trained, run, out / "picture.png")
+    locality, text = scatter(scores, out / "scatter.png"), main_table(scores)
     if locality:
         text += "\n\n" + table(["backbone", "local recall above the trend line"], [[k, f"{v:+.2f}"] for k, v in locality.items()])
-    write_atomically(out / "results.md", lambda path: path.write_text(f"# Probes\n\n{text}\n\n{details(results)}\n"))
-    write_atomically(out / "results.json", lambda path: path.write_text(json.dumps({"relative_locality": locality, "results": results})))
-    pictures = ", ".join(str(out / name) for name in ("picture.png", "scatter.png") if (out / name).exists())
-    again = " ".join(["python probe.py", *(os.path.relpath(f) if f in DEMO else f for f in o.backbones)] + ([f"--data {o.data}"] if o.data else []))
-    print(f"\n{text}\n\nall metrics     {out / 'results.md'}, {out / 'results.json'}\npictures        {pictures or 'none'}")
+    report = f"# Probes\n\n{text}\n\n{details(scores, trained[0]['classes'] if trained else {})}\n"
+    write_atomically(out / "results.md", lambda path: path.write_text(report))
+    everything = json.dumps({"relative_locality": locality, "results": results})
+    write_atomically(out / "results.json", lambda path: path.write_text(everything))
+    pictures = [str(out / name) for name in ("picture.png", "scatter.png") if (out / name).exists()]
+    print(f"\n{text}\n\nall metrics     {out / 'results.md'}, {out / 'results.json'}\npictures        {', '.join(pictures) or 'none'}")
     if "leakage" not in o.tasks and not o.init:
-        print(f"next            {again} --tasks leakage --out {out}-leakage")
+        again = [*(os.path.relpath(file) for file in o.backbones), *(["--data", o.data] if o.data else [])]
+        print(f"next            python probe.py {' '.join(again)} --tasks leakage --out {out}-leakage")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -939,49 +913,46 @@ def finish(run: Run) -> None:
 def measure(run: Run) -> None:
     """All probes of all backbones that have no result yet."""
     o, out, todo = run.options, run.out, {}
-    names = backbone_names(o.backbones)
-    for name, file in names.items():
-        path = Path(file.rpartition("=")[2])
-        if not o.init and not path.exists():
-            raise RunError(f"{path}: is not there yet; make it with: python train_align.py" if file == DEMO[1] else f"{path}: no such file")
-        now, todo[name] = settings(o, file), []
+    backbones = named(o.backbones)
+    for name, (path, _) in backbones.items():
+        if not o.init and not Path(path).exists():
+            raise RunError(f"{path}: is not there yet; make it with: python train_align.py" if path == DEMO[1] else f"{path}: no such file")
         for probe in probes(o):
             result = out / name / probe.folder / "result.json"
             if (result.exists() or result.with_name("checkpoint.pt").exists()) and not o.resume:
                 raise RunError(f"{out} holds probes already; continue them with --resume, or choose another --out")
             if result.exists():
-                same_settings(result, json.loads(result.read_text())["settings"], now)
+                same_settings(result, json.loads(result.read_text())["settings"], settings(o, path))
             else:
-                todo[name].append(probe)
+                todo.setdefault(name, []).append(probe)
     out.mkdir(parents=True, exist_ok=True)
     run.barrier()  # every process has looked before any writes
-    run.say(f"{sum(map(len, todo.values()))} probes of {', '.join(names)}, {'bf16' if run.bf16 else 'fp32'} on {run.device}, writing to {out}")
-    for name, file in names.items():
-        if todo[name]:
-            measure_backbone(run, name, file, todo[name])
+    count = sum(map(len, todo.values()))
+    run.say(f"{count} probes of {', '.join(todo) or 'nothing new'}, {'bf16' if run.bf16 else 'fp32'} on {run.device}, writing to {out}")
+    for name in todo:
+        measure_backbone(run, name, backbones[name], todo[name])
         run.barrier()
 
 
-def measure_backbone(run: Run, name: str, file: str, todo: list[Probe]) -> None:
-    """The probes of one backbone: its features once, for all of them; each probe by one process."""
+def measure_backbone(run: Run, name: str, file: tuple[str, str | None], todo: list[Probe]) -> None:
+    """The probes of one backbone: its features once for all of them, then each probe by one process."""
     o = run.options
     torch.manual_seed(o.seed)  # for --init
-    backbone = load_backbone(file, o).requires_grad_(False)
+    backbone = load_backbone(*file, o).requires_grad_(False)
     config = backbone.config
-    pairs = [Pairs(source, config.patch_size, o.labels, most) for source, most in zip(sources(o, config.image_size), (None, o.val_images))]
-    if not o.finetune:
-        backbone.to(run.device)
-    inputs = tuple(Inputs(p, config, None if o.finetune else backbone, run) for p in pairs)
+    pairs = [data.PatchLabels(source, config.patch_size, o.labels, most)
+             for source, most in zip(sources(o, config.image_size), (None, o.val_images))]  # fmt: skip
+    frozen = None if o.finetune else backbone.to(run.device)
+    inputs = tuple(Inputs(part, config, frozen, run) for part in pairs)
     if o.cache and any(probe.task != "leakage" for probe in todo):
         for part, what in zip(inputs, ("training", "validation")):
-            part.cache(f"{name}: {what} {'pixels' if o.finetune else 'features'}")
+            part.cache(f"{name}: {what} {'features' if frozen else 'pixels'}")
     for probe in todo[run.rank :: run.world]:
         folder = run.out / name / probe.folder
         folder.mkdir(parents=True, exist_ok=True)
         if probe.task == "leakage":
-            result = {"best": measure_leakage(backbone, Inputs(pairs[1], config, None, run), run), "settings": settings(o, file)}
-            text = json.dumps(result | {"probe": asdict(probe)})
-            write_atomically(folder / "result.json", lambda temporary: temporary.write_text(text))
+            best = measure_leakage(backbone, Inputs(pairs[1], config, None, run), run)
+            write_result(folder, {"settings": settings(o, file[0]), "probe": asdict(probe), "best": best})
         else:
             training = Training(run, probe, file, folder, inputs)
             training.load_checkpoint()

@@ -170,7 +170,7 @@ def test_tally_and_metrics_by_definition():
     recalls = [((said == c) & (targets == c)).sum().item() / (targets == c).sum().item() for c in range(4)]
     assert values["recall"] == pytest.approx(np.mean(recalls))
     silent = probe.metrics(probe.tally(torch.full((2, 3), -1.0), torch.ones(2, 3, dtype=torch.bool)), 1)
-    assert silent["never_predicted"] == 3 and np.isnan(silent["precision"]) and silent["recall"] == 0
+    assert silent["never_predicted"] == 3 and silent["precision"] is None and silent["recall"] == 0
 
 
 def test_losses():
