@@ -449,6 +449,7 @@ class Batches(torch.utils.data.Sampler):
 
     @property
     def updates_per_epoch(self) -> int:
+        """Whole global batches in an epoch."""
         return self.count // self.global_batch
 
     def __len__(self) -> int:
@@ -501,6 +502,7 @@ class Unreadable:
         return {"seen": self.seen, "count": self.count}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from counts that `state_dict` gave."""
         self.seen, self.count = state["seen"], state["count"]
 
 
@@ -786,9 +788,11 @@ class Scenes:
         return self.count
 
     def name(self, index: int) -> str:
+        """What a scene is called."""
         return f"scene-{self.seed}-{index:06d}.png"
 
     def open(self, index: int) -> Image.Image:
+        """The picture alone."""
         return self[index].image
 
     def __getitem__(self, index: int) -> Scene:

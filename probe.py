@@ -9,6 +9,7 @@ spreads into the features of other patches.
     python probe.py clip-vit-b=model.safetensors --data ADEChallengeData2016 --heads transformer,linear --seeds 3
     torchrun --nproc-per-node 8 probe.py ...                            # the probes are shared out
     python probe.py ... --resume                                        # continue, exactly
+    python probe.py --init '{"depth": 6, ...}' --task global --head linear --finetune --save teacher.safetensors
 
 Writes to --out: results.json, results.md, picture.png (figure 3), scatter.png (figure 9), and a folder for each probe
 with its log.jsonl. The file reads from top to bottom: options, heads, metrics, set-up, features, training, leakage,
@@ -454,7 +455,7 @@ class Inputs:
 
     def cache(self, what: str) -> None:
         """Make all, each process its share, and keep them: in memory, or in a file where they take more than half of
-        what is free, or where several processes share them. Says the size beforehand; OSError when the disk is full."""
+        what is free, or where several processes share them. Says the size beforehand."""
         c, run, count = self.config, self.run, len(self.pairs)
         example = self.pairs[0][1:]
         x = (c.num_prefix + c.num_patches, c.embed_dim) if self.backbone else (3, c.image_size, c.image_size)
@@ -479,11 +480,16 @@ class Inputs:
 
 
 def shared(shape: tuple[int, ...], dtype: torch.dtype, run: Run) -> Tensor:
-    """A tensor in a file that all processes map. The file loses its name at once, so nothing is left behind."""
+    """A tensor in a file that all processes map. The file loses its name at once, so nothing is left behind. RunError
+    when the disk is full."""
     path, size = run.out / ".features.tmp", math.prod(shape)
     if run.rank == 0:
-        with open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)  # a full disk shows here, not as a crash later
+        try:
+            with open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)  # a full disk shows here, not as a crash later
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise RunError(f"{run.out}: has no room for the features ({error.strerror}); choose another --out, or --no-cache") from None
     run.barrier()
     tensor = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
     run.barrier()
@@ -544,6 +550,7 @@ class Training:
         if not self.per_epoch:
             raise RunError(f"--batch {o.batch}: there are only {len(self.train.pairs)} training images")
         self.updates = self.per_epoch * o.epochs
+        self.shown = shown_images(o, len(self.val.pairs))
         self.update, self.epochs, self.best, self.maps = 0, [], {"recall": -1.0}, []
 
     def targets(self, patches: Tensor, whole: Tensor) -> Tensor:
@@ -619,7 +626,7 @@ class Training:
         if values["recall"] > self.best["recall"]:
             self.best = values
             if self.probe.task == "local":
-                self.maps = self.predict(shown_images(self.run.options, len(self.val.pairs)))
+                self.maps = self.predict(self.shown)
             if self.run.options.save:
                 vit.save(self.model.backbone, self.run.options.save)
         self.save_checkpoint()
@@ -865,11 +872,11 @@ def scatter(scores: Scores, path: Path) -> dict[str, float]:
 
 def picture(results: list[dict], run: Run, path: Path) -> None:
     """Figure 3: image, truth and each backbone's prediction, patch by patch, with a legend: of the first local column."""
-    title = next(Probe(**result["probe"]).title for result in results if "geometry" in result)
-    local = {r["backbone"]: r for r in reversed(results) if Probe(**r["probe"]).title == title and r["maps"]}  # the first seed
+    local = [result for result in results if result.get("maps")]
     if not local:
         return
-    (size, patch), names = results[0]["geometry"], results[0]["classes"]["names"]
+    title, (size, patch), names = Probe(**local[0]["probe"]).title, local[0]["geometry"], local[0]["classes"]["names"]
+    maps = {r["backbone"]: r["maps"] for r in reversed(local) if Probe(**r["probe"]).title == title}  # the first seed's
     source = sources(run.options, size)[1]
     pairs = data.PatchLabels(source, patch, most=run.options.val_images)
     sheet = []
@@ -877,25 +884,24 @@ def picture(results: list[dict], run: Run, path: Path) -> None:
         item = source[int(pairs.chosen[i])]
         truth = data.majority(item.labels, patch, len(names), unlabeled=run.options.labels == "majority")
         sheet.append([item.image.resize((192, 192), Image.Resampling.BICUBIC), truth.tolist()]
-                     + [local[name]["maps"][place] for name in reversed(local)])  # fmt: skip
-    classes = sorted({c for _, *maps in sheet for cells in maps for c in cells} - {0})
+                     + [maps[name][place] for name in reversed(maps)])  # fmt: skip
+    classes = sorted({c for _, *row in sheet for cells in row for c in cells} - {0})
     hue = {c: colorsys.hsv_to_rgb(i / len(classes), 0.6 + 0.4 * (i % 2), 1) for i, c in enumerate(classes)}
     colors = {c: tuple(round(255 * v) for v in rgb) for c, rgb in hue.items()}
-    cells = [[image, *(data.paint(image, one, colors) for one in maps)] for image, *maps in sheet]
-    whole = data.grid(cells, ["image", "truth", *reversed(local)])
+    painted = [[image, *(data.paint(image, cells, colors) for cells in row)] for image, *row in sheet]
+    whole = data.grid(painted, ["image", "truth", *reversed(maps)])
     data.legend(whole, {names[c]: color for c, color in colors.items()}).save(path)
 
 
 def finish(run: Run) -> None:
     """Write results.json, results.md and the pictures; print the table and what comes next."""
     o, out, (results, scores) = run.options, run.out, collect(run)
-    trained = [result for result in results if "maps" in result]
-    if trained:
-        picture(trained, run, out / "picture.png")
+    picture(results, run, out / "picture.png")
     locality, text = scatter(scores, out / "scatter.png"), main_table(scores)
     if locality:
         text += "\n\n" + table(["backbone", "local recall above the trend line"], [[k, f"{v:+.2f}"] for k, v in locality.items()])
-    report = f"# Probes\n\n{text}\n\n{details(scores, trained[0]['classes'] if trained else {})}\n"
+    classes = next((result["classes"] for result in results if "classes" in result), {})
+    report = f"# Probes\n\n{text}\n\n{details(scores, classes)}\n"
     write_atomically(out / "results.md", lambda path: path.write_text(report))
     everything = json.dumps({"relative_locality": locality, "results": results})
     write_atomically(out / "results.json", lambda path: path.write_text(everything))

@@ -215,6 +215,7 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """The gradients of q, k and v, their probabilities computed again tile by tile."""
         inputs, softcap = ctx.saved_tensors, ctx.softcap
         scale = inputs[0].shape[-1] ** -0.5
         grads = [torch.empty(t.shape, dtype=t.dtype) for t in inputs]

@@ -302,6 +302,13 @@ def test_kept_mapped_and_recomputed_features_train_alike(weights: Path, tmp_path
     assert numbers(learned(tmp_path / "kept")) == pytest.approx(numbers(learned(tmp_path / "anew")), rel=1e-4)
     assert not list((tmp_path / "mapped").glob(".*"))
 
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(probe.os, "posix_fallocate", full)
+    assert "no room for the features" in fails(weights, *flags(tmp_path / "full", *choice))
+    assert not list((tmp_path / "full").glob(".*"))
+
 
 def interrupt(monkeypatch, at: int) -> None:
     """A SIGTERM arrives during update `at`."""
@@ -473,7 +480,7 @@ def test_ade20k_and_a_plain_folder(ade20k: Path, tmp_path: Path):
 
 
 def test_a_run_on_coco(coco: Path, weights: Path, tmp_path: Path, capsys):
-    run(weights, *flags(tmp_path / "out", "--data", coco, "--batch", 2, "--heads", "linear", "--tasks", "local,global"))
+    run(weights, *flags(tmp_path / "out", "--data", coco, "--batch", 2, "--heads", "linear", "--tasks", "global,local"))
     best = results(tmp_path / "out")["tiny/local-linear-seed-0"]["best"]
     assert {"recall_things", "recall_stuff"} <= best.keys() and best["classes"] in (5, 6)
     assert "--data" in capsys.readouterr().out and (tmp_path / "out" / "picture.png").exists()
