@@ -506,6 +506,10 @@ class Run:
         total, count = m.sum(total, count)
         return total / count
 
+    def knows(self, line: dict[str, object]) -> bool:
+        """Whether a line of log.jsonl was written before the checkpoint that was loaded."""
+        return line["update"] <= (self.validated if "val_loss" in line else self.update)
+
     def check(self) -> None:
         """Save a checkpoint, validate, draw the picture, save what came out."""
         if self.update:
@@ -677,7 +681,7 @@ def start_or_resume(run: Run) -> None:
         run.load_checkpoint(saved[-1] if o.resume == "newest" else Path(o.resume))
         run.machine.agree("checkpoints", run.update)
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        kept = "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["update"] <= run.update)
+        kept = "".join(line for line in lines if line.endswith("}\n") and run.knows(json.loads(line)))
     elif saved:
         done = int(saved[-1].stem.removeprefix("update-"))
         raise RunError(f"{out} holds a run at update {done}; continue it with --resume, or choose another --out")
