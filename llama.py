@@ -198,9 +198,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     (B, H, T, d), K = q.shape, k.shape[1]
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
+    if T == 1:  # the plain formula: kernels are made for many queries; a group of heads is so many queries of one head
+        logits = (q.reshape(B, K, H // K, d) @ k.mT).float() / math.sqrt(d) + mask  # [B, K, H / K, S]
+        return (logits.softmax(-1).to(v.dtype) @ v).view(B, H, 1, d)
     mask = mask.to(q.dtype)
-    if T == 1:  # the heads of a group are so many queries of one head: no key is copied
-        return F.scaled_dot_product_attention(q.reshape(B, K, H // K, d), k, v, mask).view(B, H, 1, d)
     if H != K:  # no fast kernel has both a mask and groups
         k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
     return F.scaled_dot_product_attention(q, k, v, mask)
@@ -230,7 +231,22 @@ def project(x: Tensor, norm: RMSNorm, *layers: nn.Linear) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled():
         return Projection.apply(x, norm.weight, norm.eps, *(layer.weight for layer in layers))
     x = norm(x)
+    if isinstance(layers[0], Packed):
+        return layers[0](x).split(layers[0].sizes, -1)
     return tuple(layer(x) for layer in layers)
+
+
+class Packed(nn.Module):
+    """Linear layers of one input in one matrix, in the blocked layout of oneDNN, which a few rows pass fastest. CPU."""
+
+    def __init__(self, *layers: nn.Linear):
+        super().__init__()
+        self.sizes = [layer.out_features for layer in layers]
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # made for about so many rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
 
 class Projection(torch.autograd.Function):
@@ -281,7 +297,7 @@ class Attention(nn.Module):
             cache.k[layer].index_copy_(2, shared.places, k.to(cache.k[layer].dtype))
             cache.v[layer].index_copy_(2, shared.places, v.to(cache.v[layer].dtype))
             if not shared.fresh:
-                k, v = cache.k[layer], cache.v[layer]  # [B, K, S, d]
+                k, v = (t[layer][:, :, : shared.mask.shape[-1]] for t in (cache.k, cache.v))  # [B, K, S, d]
         x = attend(q, k, v, shared.mask)  # [B, H, T, d]
         return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))
 
@@ -426,7 +442,10 @@ class Llama(nn.Module):
         cos, sin = rope_tables(positions, self.config)
         bias = None
         if not causal:
-            real, keys = (real, places) if fresh else (cache.mask, torch.arange(cache.size, device=device))
+            if not fresh:  # the used places, or, where shapes must not change, all
+                used = cache.size if torch.compiler.is_compiling() else cache.used
+                real = cache.mask[:, :used]
+            keys = torch.arange(real.shape[1], device=device)
             seen = real[:, None] & (keys <= places[:, None]) | (keys == places[:, None])  # [B, T, T or S]
             bias = torch.zeros(seen.shape, dtype=x.dtype, device=device).masked_fill_(~seen, -math.inf)[:, None]
         return Shared(cos, sin, bias, cache, places, fresh)
@@ -502,26 +521,17 @@ class Llama(nn.Module):
         return [text[: text.index(stop)] if stop in text else text for text in texts]
 
 
-class PackedLinear(nn.Module):
-    """A linear layer of a CPU model whose weight is in oneDNN's own blocked layout, which few rows pass fastest."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-
-
 def pack(model: Llama) -> Llama:
-    """Make a model on the CPU generate faster, float32 or bfloat16. It can be neither trained nor saved afterwards.
+    """Make a model on the CPU, float32 or bfloat16, generate faster. It can be neither trained nor saved afterwards.
 
-    Each linear layer is replaced, one at a time, so that there is no second copy of the weights. Returns the model.
+    Layers are replaced one after the other, so that there is no second copy of the weights. Returns the model.
     """
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear) and layer.weight.device.type == "cpu":
-                setattr(parent, name, PackedLinear(layer.weight))
+    for layer in model.model.layers:
+        a, m = layer.self_attn, layer.mlp
+        a.q_proj = a.k_proj = a.v_proj = Packed(a.q_proj, a.k_proj, a.v_proj)
+        m.gate_proj = m.up_proj = Packed(m.gate_proj, m.up_proj)
+        a.o_proj, m.down_proj = Packed(a.o_proj), Packed(m.down_proj)
+    model.lm_head = Packed(model.lm_head)
     return model
 
 
