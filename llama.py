@@ -199,7 +199,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
     if T == 1:  # the plain formula: kernels are made for many queries; a group of heads is so many queries of one head
-        logits = (q.reshape(B, K, H // K, d) @ k.mT).float() / math.sqrt(d) + mask  # [B, K, H / K, S]
+        logits = mask.add((q.reshape(B, K, H // K, d) @ k.mT).float(), alpha=d**-0.5)  # [B, K, H / K, S]
         return (logits.softmax(-1).to(v.dtype) @ v).view(B, H, 1, d)
     mask = mask.to(q.dtype)
     if H != K:  # no fast kernel has both a mask and groups
@@ -228,11 +228,11 @@ class RMSNorm(nn.Module):
 
 def project(x: Tensor, norm: RMSNorm, *layers: nn.Linear) -> tuple[Tensor, ...]:
     """layer(norm(x)) for each layer: x [B, T, D] -> [B, T, ...] each."""
+    if isinstance(layers[0], Packed):
+        return layers[0](norm(x)).split(layers[0].sizes, -1)
     if torch.is_grad_enabled():
         return Projection.apply(x, norm.weight, norm.eps, *(layer.weight for layer in layers))
     x = norm(x)
-    if isinstance(layers[0], Packed):
-        return layers[0](x).split(layers[0].sizes, -1)
     return tuple(layer(x) for layer in layers)
 
 
@@ -522,10 +522,13 @@ class Llama(nn.Module):
 
 
 def pack(model: Llama) -> Llama:
-    """Make a model on the CPU, float32 or bfloat16, generate faster. It can be neither trained nor saved afterwards.
+    """Make a model on the CPU, float32 or bfloat16, generate faster. It can be neither trained, saved nor moved then.
 
     Layers are replaced one after the other, so that there is no second copy of the weights. Returns the model.
+    LlamaError: it is on another device, or packed already.
     """
+    if isinstance(model.lm_head, Packed) or model.lm_head.weight.device.type != "cpu":
+        raise LlamaError("only a model on the CPU can be packed, and only once")
     for layer in model.model.layers:
         a, m = layer.self_attn, layer.mlp
         a.q_proj = a.k_proj = a.v_proj = Packed(a.q_proj, a.k_proj, a.v_proj)

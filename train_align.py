@@ -538,7 +538,10 @@ class Run:
     def leave(self) -> None:
         """End after a signal; everything is saved."""
         done = f"stopped at update {self.update} of {self.updates}, saved; go on with the same command and --resume"
-        self.say(done if self.update else "stopped before the first update")
+        if self.bar:
+            self.bar.close()
+        if self.machine.rank == 0:
+            print(done if self.update else "stopped before the first update", file=sys.stderr, flush=True)
         sys.exit(128 + (self.stop_signal or self.received))
 
     # The picture ------------------------------------------------------------------------------------------------------

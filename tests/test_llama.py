@@ -312,6 +312,22 @@ def test_batch_equals_single_calls():
     assert model.generate(embeds=model.embed(ids), mask=mask, max_new_tokens=30, stop=11) == alone
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed(tied):
+    """A packed model computes the same, of one row or many, and holds no other copy of its layers."""
+    model, packed = tiny(tie_word_embeddings=tied), llama.pack(tiny(tie_word_embeddings=tied))
+    ids, mask = llama.Tokenizer.pad(prompts())
+    assert error(packed(ids, mask=mask)[mask.bool()].detach(), model(ids, mask=mask)[mask.bool()].detach()) < 1e-5
+    options = dict(mask=mask, max_new_tokens=20, stop=None)
+    assert packed.generate(ids, **options) == model.generate(ids, **options)
+    assert all(
+        parameter.ndim == 1 or name.endswith("embed_tokens.weight") for name, parameter in packed.named_parameters()
+    )
+    with pytest.raises(LlamaError, match="only a model on the CPU can be packed, and only once"):
+        llama.pack(packed)
+
+
 @torch.no_grad()
 def test_greedy_is_argmax_of_all_logits():
     model, ids = tiny(), torch.tensor([prompts()[0]])
