@@ -63,8 +63,9 @@ class LlamaConfig:
     tie_word_embeddings: bool = False  # the output layer is the word embedding (small models from scratch)
 
     def __post_init__(self) -> None:
+        optional = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False}
         for name, value in asdict(self).items():
-            if not (value is None or isinstance(value, (int, float)) and (value > 0 or value is False)):
+            if not (isinstance(value, (int, float)) and value > 0 or name in optional and value is optional[name]):
                 raise LlamaError(f"{name} is {value!r}; it must be a positive number")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise LlamaError(f"hidden_size {self.hidden_size} is no multiple of the {self.num_attention_heads} heads")
@@ -169,7 +170,8 @@ class Cache:
 
 @dataclass
 class Shared:
-    """What all layers of one pass use, computed once. (No tensors in a tuple: FSDP would round those to bfloat16.)"""
+    """What all layers of one pass use, computed once. (An object, since FSDP rounds tensors among a layer's arguments, as
+    the cosines would be, to bfloat16.)"""
 
     cos: Tensor  # [B or 1, T, 1, d], float32
     sin: Tensor
@@ -514,7 +516,7 @@ class Llama(nn.Module):
             cache.reserve(1)
             logits = self.decode(token[:, None], cache)
 
-    def generate(self, *args, stop: int | None = 2, **options) -> list[list[int]]:
+    def generate(self, *args: Tensor, stop: int | None = 2, **options: object) -> list[list[int]]:
         """The ids that continue each of the B prompts, without the `stop` that ends them. Arguments: see `stream`."""
         steps = [token.tolist() for token in self.stream(*args, stop=stop, **options)]
         texts = [list(text) for text in zip(*steps)]
@@ -522,9 +524,10 @@ class Llama(nn.Module):
 
 
 def pack(model: Llama) -> Llama:
-    """Make a model on the CPU, float32 or bfloat16, generate faster. It can be neither trained, saved nor moved then.
+    """Make a model on the CPU generate faster: float32, or bfloat16 where the processor has that.
 
-    Layers are replaced one after the other, so that there is no second copy of the weights. Returns the model.
+    Afterwards it can be neither trained nor saved, moved or compiled. Layers are replaced one after the other, so that
+    there is no second copy of the weights. Returns the model.
     LlamaError: it is on another device, or packed already.
     """
     if isinstance(model.lm_head, Packed) or model.lm_head.weight.device.type != "cpu":
@@ -653,9 +656,8 @@ class Weights:
         self.path = Path(path)
         self.folder = self.path if self.path.is_dir() else self.path.parent
         self.files, index = find_files(self.path)
-        self.parts: dict[
-            str, dict[Path, list[int]]
-        ] = {}  # by a tensor's name: the files with (a shard of) it, its shape
+        # by a tensor's name: the files with it, or with a shard of it, and its shape there
+        self.parts: dict[str, dict[Path, list[int]]] = {}
         for file in self.files:
             for name, value in read_tensors(file).items():
                 if not name.endswith(_LEFT_OUT):
@@ -843,7 +845,7 @@ def write_transformers(folder: Path, config: LlamaConfig, names: list[str], get:
 
 
 def write_meta(folder: Path, weights: Weights) -> None:
-    """params.json and one consolidated.00.pth, which Meta's code reads on one GPU."""
+    """params.json and one consolidated.00.pth, which Meta's code reads on one GPU; it is in memory as a whole."""
     config, state = weights.config, {}
     (folder / "params.json").write_text(json.dumps(config.to_meta()))
     for name in weights.shapes:

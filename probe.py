@@ -602,7 +602,7 @@ class Training:
                 bar.update()
                 if self.update % o.log_every == 0:
                     rate = (self.update - first) * o.batch / (time.perf_counter() - started)
-                    bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+                    bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
                     print(json.dumps({"update": self.update, "loss": loss, "images_per_s": round(rate, 1)}), file=log)
                 if step + 1 < self.per_epoch and (run.stop_signal or self.update % o.save_every == 0):
                     self.save_checkpoint()
