@@ -170,8 +170,8 @@ class Cache:
 
 @dataclass
 class Shared:
-    """What all layers of one pass use, computed once. (An object, since FSDP rounds tensors among a layer's arguments, as
-    the cosines would be, to bfloat16.)"""
+    """What all layers of one pass use, computed once. (An object, since FSDP rounds tensors among a layer's arguments,
+    as the cosines would be, to bfloat16.)"""
 
     cos: Tensor  # [B or 1, T, 1, d], float32
     sin: Tensor
