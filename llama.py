@@ -264,6 +264,7 @@ class Projection(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x, the norm's scale and the weights; the normed x is computed again."""
         x, scale, *weights = ctx.saved_tensors
         low, full = grads[0].dtype, torch.promote_types(x.dtype, torch.float32)  # autocast: x may be float32, grads not
         inverse = (x.to(full).square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
@@ -317,6 +318,7 @@ class MLP(nn.Module):
         return lean(self.down, *project(x, norm, self.gate_proj, self.up_proj))
 
     def down(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What follows the first two products, [B, T, intermediate_size] twice -> [B, T, D]."""
         return self.down_proj(F.silu(gate) * up)
 
 

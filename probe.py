@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -128,17 +129,18 @@ class Probe:
 
 def parse(argv: list[str] | None = None) -> Options:
     """Flags -> Options, complete and checked. A mistake in the flags exits with status 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for f in fields(Options):
-        flag, kind = "--" + f.name.replace("_", "-"), str(f.type).split(" |")[0].removeprefix("<class '").removesuffix("'>")
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        kind = get_args(f.type)[0] if get_args(f.type) else f.type  # int | None -> int
         if f.name == "backbones":
-            parser.add_argument("backbones", nargs="*", metavar="BACKBONE", help=f.metadata["help"])
-        elif kind == "bool":
+            parser.add_argument("backbones", nargs="*", metavar="BACKBONE", help=text)
+        elif kind is bool:
             flag, action = (f"--no-{f.name}", "store_false") if f.default else (flag, "store_true")
-            parser.add_argument(flag, dest=f.name, action=action, help=f.metadata["help"])
+            parser.add_argument(flag, dest=f.name, action=action, help=text)
         else:
-            convert = {"int": int, "float": float, "str": str}[kind]
-            parser.add_argument(flag, type=convert, default=f.default, choices=f.metadata["choices"], help=f.metadata["help"])
+            text += "" if f.default is None else f" (default: {f.default})"
+            parser.add_argument(flag, type=kind, default=f.default, choices=f.metadata["choices"], help=text)
     options = Options(**vars(parser.parse_args(argv)))
     try:
         return complete(options)
@@ -441,7 +443,8 @@ class Inputs:
         o, cuda = self.run.options, self.run.device.type == "cuda"
         workers = o.workers
         if workers is None:
-            workers = min(8, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            workers = min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         loader = DataLoader(self.pairs, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals, pin_memory=cuda)
         for pixels, patches, whole in loader:
             yield (self.tokens(pixels) if self.backbone else pixels), patches, whole

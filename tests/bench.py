@@ -207,7 +207,7 @@ def update() -> list[str]:
                 functions["ours --compile"] = our_update(folder, precision, "--compile")
             if importlib.util.find_spec("timm"):
                 functions["timm's modules"] = timm_update(precision)
-            median = interleave(functions, 3)
+            median = interleave(functions, 5)
         rate = 8 * 2 * 2048**3 / median.pop("product")
         for name, took in median.items():
             rows.append(f"update {precision}, {name}: {took:.2f} s, {2.01e12 / took / rate:.0%} of the product's rate")
