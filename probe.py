@@ -76,7 +76,7 @@ class Options:
                                         "vit.BACKBONES it holds", machine=True)  # fmt: skip
     init: str | None = option(None, "instead of files random weights: a name of vit.BACKBONES, or ViTConfig's fields as JSON")
     data: str | None = option(None, "a folder of images with label maps; without it the built-in scenes")
-    scenes: int = option(8000, "how many built-in scenes to train on")
+    scenes: int = option(16000, "how many built-in scenes to train on")
     val_images: int | None = option(None, "validate on at most so many images; default: all, or 2,000 scenes")
     out: str = option("runs/probe", "where everything is written", machine=True)
     resume: bool = option(False, "continue in --out; what is finished there is kept", machine=True)

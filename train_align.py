@@ -70,7 +70,7 @@ class Options:
     val: str | None = option(None, "a folder of validation images; without it a held-out share of --data", free=True)
     val_share: float = option(0.01, "the share of --data held out where there is no --val", least=0)
     val_images: int = option(10000, "validate on at most so many images", least=1)
-    scenes: int = option(6400, "how many built-in scenes make an epoch", least=1)
+    scenes: int = option(12800, "how many built-in scenes make an epoch", least=1)
     out: str = option("runs/align", "where everything is written", free=True)
     resume: str | None = option(None, "continue from --out's newest checkpoint, or from the file given", free=True)
 

@@ -10,6 +10,7 @@ import copy
 import ctypes
 import functools
 import importlib.util
+import json
 import os
 import shutil
 import statistics
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import data as pictures  # the name `data` is a benchmark here
+import llama
 import probe
 import train_align
 import vit
@@ -219,6 +222,16 @@ def peak_memory() -> int:
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 
 
+def extra_memory(function: Callable[[], object]) -> float:
+    """How far memory rises above what is held before, in MiB, while a function runs."""
+    function()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left free is not held
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
+    before = peak_memory()
+    function()
+    return (peak_memory() - before) / 2**20
+
+
 def softcap() -> list[str]:
     """Soft-capped attention, forward and backward, 4 x 729 tokens, 16 heads of 72, float32, against its definition."""
     q, k, v = (torch.randn(4, 16, 729, 72, requires_grad=True) for _ in range(3))
@@ -228,12 +241,7 @@ def softcap() -> list[str]:
     for name, way in ways.items():
         cap = None if name.startswith("uncapped") else 30.0
         functions[name] = lambda way=way, cap=cap: torch.autograd.grad(way(q, k, v, cap), (q, k, v), gradient)
-        functions[name]()
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left free is not held
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
-        before = peak_memory()
-        functions[name]()
-        memory[name] = (peak_memory() - before) / 2**20
+        memory[name] = extra_memory(functions[name])
     median = interleave(functions, 7)
     return [
         f"softcap {name}: {took * 1e3:.0f} ms, {took / median['definition']:.2f} of the definition's time; "
@@ -264,17 +272,22 @@ print(peak() - before, time.perf_counter() - start)
 """
 
 
-def load() -> list[str]:
-    """vit.load of SigLIP SO400M @384 in timm's layout (random weights): peak memory over the file's size, seconds."""
+def load_peak(write: str, load: str, name: str) -> list[str]:
+    """Run the script `write` once and `load` three times on a path: the most memory a load took, its median seconds."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(THREADS)}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "so400m.safetensors"
-        subprocess.run([sys.executable, "-c", WRITE_SO400M, path], env=environment, check=True)
-        size = path.stat().st_size
-        command = [sys.executable, "-c", LOAD_SO400M, path]
+        path = Path(folder) / name
+        subprocess.run([sys.executable, "-c", write, path], env=environment, check=True)
+        size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
+        command = [sys.executable, "-c", load, path]
         runs = [subprocess.run(command, env=environment, check=True, capture_output=True).stdout.split() for _ in range(3)]
     memory, took = max(float(run[0]) for run in runs), statistics.median(float(run[1]) for run in runs)
-    return [f"load   file of {size / 1e9:.2f} GB: peak {memory / size:.3f} x the file, {took:.1f} s from the page cache"]
+    return [f"{size / 1e9:.2f} GB: peak {memory / size:.3f} x the files, {took:.1f} s from the page cache"]
+
+
+def load() -> list[str]:
+    """vit.load of SigLIP SO400M @384 in timm's layout (random weights): peak memory over the file's size, seconds."""
+    return [f"load   {row}" for row in load_peak(WRITE_SO400M, LOAD_SO400M, "so400m.safetensors")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,23 +337,162 @@ def metrics() -> list[str]:
 
 
 def cache() -> list[str]:
-    """5 epochs of probes of a ViT-S with 65 tokens, features made once or for each batch."""
+    """5 epochs of probes on a backbone of 24 blocks, as CLIP's ViT-L has, with features made once or for each batch.
+
+    By blocks run per image: with features kept a probe costs 24 + 5 x 6 (two blocks, forward and backward), else
+    5 x (24 + 6), so that one transformer head can gain 2.8 at most, and two tasks in one call 3.6.
+    """
     rows = []
+    calls = {"one probe, linear head": "--tasks local --heads linear", "one probe, transformer head": "--tasks local",
+             "both tasks, as by default": "--tasks local,global"}
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence:
-        config = vit.ViTConfig(image_size=64, patch_size=8, embed_dim=384, depth=12, num_heads=6)
+        config = vit.ViTConfig(image_size=128, patch_size=8, embed_dim=384, depth=24, num_heads=6)
         vit.save(vit.ViT(config), os.path.join(folder, "backbone.safetensors"))
 
-        def train(head: str, *flags: str) -> None:
+        def train(*flags: str) -> None:
             out = tempfile.mkdtemp(dir=folder)
+            flags = " ".join(flags) + f" --scenes 64 --val-images 16 --batch 16 --workers 0 --out {out}"
             with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-                probe.main([os.path.join(folder, "backbone.safetensors"), *f"--tasks local --heads {head} --scenes 256 --val-images 32 --workers 0 --out {out}".split(), *flags])
+                probe.main([os.path.join(folder, "backbone.safetensors"), *flags.split()])
 
-        train("linear", "--epochs", "1")  # warms up
-        for head in ("linear", "transformer"):
-            took = {name: seconds(lambda: train(head, *flags)) for name, flags in (("kept", ()), ("anew", ("--no-cache",)))}
-            rows.append(f"cache  5 epochs, {head} head: {took['kept']:.1f} s with features kept, {took['anew']:.1f} s without = "
+        for name, call in calls.items():
+            took = interleave({"kept": lambda: train(call), "anew": lambda: train(call, "--no-cache")}, 3)
+            rows.append(f"cache  5 epochs, {name}: {took['kept']:.1f} s with features kept, {took['anew']:.1f} s without = "
                         f"{took['anew'] / took['kept']:.1f} times that (at least 3)")
     return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The language model, against transformers' of the same shape
+
+
+def llama_100m() -> llama.LlamaConfig:
+    """A model of 100 million parameters with Llama 2's vocabulary."""
+    return llama.LlamaConfig(hidden_size=640, intermediate_size=1728, num_hidden_layers=12, num_attention_heads=10)
+
+
+def both_llamas(dtype: torch.dtype = torch.float32) -> tuple[llama.Llama, nn.Module]:
+    """The same weights in our model and in transformers' LlamaForCausalLM."""
+    import transformers
+
+    torch.manual_seed(0)
+    ours = llama.Llama(llama_100m()).to(dtype)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_100m().to_transformers())).to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def training() -> list[str]:
+    """A step of 8 examples, each 576 image tokens, 60 of text and 12 of answer, forward and backward."""
+    rows, (ours, theirs) = [], both_llamas()
+    embeds = torch.randn(8, 648, 640) * 0.02
+    labels = torch.full((8, 648), -100)
+    labels[:, -12:] = torch.randint(0, 32000, (8, 12))
+
+    def step(model: nn.Module, loss: Callable[[], torch.Tensor], bf16: bool) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss().backward()
+        model.zero_grad(set_to_none=False)  # the gradients stay allocated, in both
+
+    for precision in ("fp32", "bf16"):
+        functions = {
+            "ours": lambda bf16=precision == "bf16": step(ours, lambda: ours.loss(embeds, labels), bf16),
+            "theirs": lambda bf16=precision == "bf16": step(theirs, lambda: theirs(inputs_embeds=embeds, labels=labels).loss, bf16),
+        }
+        memory = {name: extra_memory(function) for name, function in functions.items()}
+        took = interleave(functions, 3)
+        rows.append(f"training step {precision}: {took['ours']:.2f} s, transformers {took['theirs']:.2f} s = {took['theirs'] / took['ours']:.2f} "
+                    f"times that (at least 1.15); extra memory {memory['ours']:.0f} MiB, {memory['ours'] / memory['theirs']:.2f} of its (at most 0.5)")
+    return rows
+
+
+def generation() -> list[str]:
+    """64 tokens after prompts of 64, greedily; ours packed for the CPU."""
+    rows = []
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        ours, theirs = both_llamas(dtype)
+        llama.pack(ours)
+        for batch in (1, 8):
+            ids = torch.randint(3, 32000, (batch, 64), generator=torch.Generator().manual_seed(0))
+            how = dict(max_new_tokens=64, min_new_tokens=64, do_sample=False, attention_mask=torch.ones_like(ids), pad_token_id=0)
+            functions = {"ours": lambda: ours.generate(ids, max_new_tokens=64, stop=None), "theirs": lambda: theirs.generate(ids, **how)}
+            if precision == "fp32":
+                assert ours.generate(ids, max_new_tokens=64, stop=None) == theirs.generate(ids, **how)[:, 64:].tolist()
+            took = interleave(functions, 5)
+            rows.append(f"generation {precision}, batch {batch}: {took['ours']:.2f} s, transformers {took['theirs']:.2f} s = "
+                        f"{took['theirs'] / took['ours']:.2f} times that (at least 1.3)")
+    return rows
+
+
+WRITE_LLAMA = """
+import sys, torch, llama
+with torch.device("meta"):
+    model = llama.Llama(llama.LlamaConfig(hidden_size=1536, intermediate_size=4096, num_hidden_layers=14, num_attention_heads=12))
+model.to_empty(device="cpu")
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.uniform_(-0.05, 0.05)
+llama.save(model, sys.argv[1])
+"""
+LOAD_LLAMA = LOAD_SO400M.replace("import sys, time, torch, vit", "import sys, time, torch, llama").replace(
+    'vit.load(sys.argv[1], "siglip-so400m-384")', "llama.load(sys.argv[1])")
+
+
+def load_llama() -> list[str]:
+    """llama.load of a folder of about 2 GB in float32: peak memory over the files' size, seconds."""
+    return [f"load   {row}" for row in load_peak(WRITE_LLAMA, LOAD_LLAMA, "llama")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method itself on the built-in scenes: what alignment and its relatives change in what probes find
+
+SEEDS = (1, 2, 3)
+OUT = Path("runs") / "locality"
+
+
+def shell(log: Path, *argv: str) -> None:
+    """Run a command of this project on one core, its output in a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *argv, "--workers", "0"], env=environment, stdout=file, stderr=file, check=True)
+
+
+def align_and_probe(job: tuple[str, int]) -> None:
+    """Align the demo's teacher by an objective ("teacher": not at all) with a seed, and probe what comes out on scenes
+    of the same seed. What an earlier call finished is kept."""
+    objective, seed = job
+    backbone, out = ROOT / "demo" / "teacher.safetensors", OUT / f"{objective}-{seed}"
+    if objective != "teacher":
+        backbone = out / "align" / "aligned.safetensors"
+        if not backbone.exists():
+            shutil.rmtree(out, ignore_errors=True)
+            shell(OUT / "logs" / f"align-{objective}-{seed}.txt", str(ROOT / "train_align.py"),
+                  *f"--objective {objective} --seed {seed} --out {out / 'align'}".split())
+    if not (out / "probe" / "results.json").exists():
+        shell(OUT / "logs" / f"probe-{objective}-{seed}.txt", str(ROOT / "probe.py"), str(backbone), "--resume", *PROBES.split(),
+              *f"--seed {seed} --out {out / 'probe'}".split())
+
+
+PROBES = "--tasks local,global,leakage --heads transformer,linear --interventions none,cls-only,anonymous"
+
+
+def locality() -> list[str]:
+    """MaskEmbed and the baselines of its family against the teacher: three paired seeds of alignment, scenes and probes,
+    about an hour of two cores. Differences to the teacher: mean and standard error (sd / sqrt 3)."""
+    names = ["teacher", *train_align.OBJECTIVES]
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(align_and_probe, [(name, seed) for seed in SEEDS for name in names]))
+    found = {name: [json.loads((OUT / f"{name}-{seed}" / "probe" / "results.json").read_text())["results"] for seed in SEEDS] for name in names}
+    titles = [probe.Probe(**result["probe"]).title for result in found["teacher"][0]]
+    values = {name: np.array([[result["best"].get("leakage", 100 * result["best"].get("recall", np.nan)) for result in results]
+                              for results in found[name]]) for name in names}  # [seeds, titles]
+    rows = [["teacher", *(f"{v:.4f}" if t == "leakage" else f"{v:.2f}" for t, v in zip(titles, values["teacher"].mean(0)))]]
+    for name in names[1:]:
+        change = values[name] - values["teacher"]
+        mean, error = change.mean(0), change.std(0, ddof=1) / len(SEEDS) ** 0.5
+        rows.append([name, *(f"{m:+.4f} ± {e:.4f}" if t == "leakage" else f"{m:+.2f} ± {e:.2f}" for t, m, e in zip(titles, mean, error))])
+    return probe.table(["macro recall, %", *titles], rows).splitlines()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,6 +500,8 @@ def cache() -> list[str]:
 SUITES: dict[str, list[Callable[[], list[str]]]] = {
     "align": [softcap, update, load, data, index],
     "probe": [labels, metrics, cache],
+    "locality": [locality],
+    "vlm": [training, generation, load_llama],
 }
 
 
