@@ -17,10 +17,13 @@ import hashlib
 import json
 import math
 import os
+import pickle
+import re
 import sys
 import time
 import uuid
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +34,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 from PIL.Image import Resampling, Transpose
+from tqdm import tqdm
 
 # Pillow refuses 179 million pixels, to guard servers; large data sets hold honest pictures beyond that. Here the limit
 # is 2 x 2^28 pixels (2 GiB in memory), and a larger picture counts as unreadable.
@@ -480,6 +484,7 @@ class Unreadable:
     """
 
     LIMIT, SPARE = 0.01, 5
+    WHAT, NOTE = "images", "unreadable, replaced by another image"
 
     def __init__(self, output: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)):
         self.output, self.seen, self.count = output, 0, 0
@@ -491,10 +496,10 @@ class Unreadable:
         for name in names:
             if name not in self._named:
                 self._named.add(name)
-                self.output(f"unreadable, replaced by another image: {name}")
+                self.output(f"{self.NOTE}: {name}")
         if self.count > self.LIMIT * self.seen + self.SPARE:
             example = f" (such as {min(self._named)})" if self._named else ""
-            raise DataError(f"{self.count} images could not be read{example} in {self.seen} samples, more than "
+            raise DataError(f"{self.count} {self.WHAT} could not be read{example} in {self.seen} samples, more than "
                             f"{self.LIMIT:.0%}: repair or remove them")
 
     def state_dict(self) -> dict[str, int]:
@@ -918,6 +923,307 @@ def _presence(objects: list[Object], rng: np.random.Generator) -> Rows:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Conversations about pictures (sections 5, D): LLaVA's files, or questions about the scenes
+
+Messages = list[dict[str, str]]  # [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
+Encode = Callable[[Messages], tuple[list[int], list[int]]]  # -> ids, labels
+PLACE = np.dtype([("start", "i8"), ("size", "i8")])  # of a row in its file, in bytes
+MEASURE = np.dtype([("tokens", "i4"), ("image", "?")])  # of a row: its length (0: it cannot be used), its modality
+
+
+class Example(NamedTuple):
+    """A conversation, encoded. `bad` says what is wrong with its picture: then there is a blank one, and no label."""
+
+    ids: list[int]
+    labels: list[int]  # -100 where nothing is learned
+    image: torch.Tensor | None
+    bad: str | None = None
+
+
+class Conversations(torch.utils.data.Dataset):
+    """The conversations of files in LLaVA's format, JSON lists or JSON lines, end to end: (epoch, index) -> `Example`.
+
+    A row has "conversations" (`Messages`: questions and answers in turn; a last question without an answer is dropped)
+    and, where it is about a picture, "image", a path below its file's root.
+
+    files: their paths. image_root: a folder for all, or one for each. encode: messages -> ids and labels; prepare: a
+    picture -> a tensor; both must be picklable, for data processes. workers: so many of these index the files.
+
+    `lengths` [n] is how many ids each row has, `has_image` [n] whether it has a picture. A row of length 0 cannot be
+    used, as `describe` explains; no batch has it. A picture that turns out to be missing or damaged makes the example
+    `bad`. A file is read as a whole once; what that shows is kept beside it, or in the user's cache folder, for as long
+    as neither the file nor what `encode` is made of changes.
+
+    Raises DataError for a file that is missing, empty or no JSON, and when more than 1% of the rows cannot be used.
+    """
+
+    def __init__(self, files: Sequence[str | os.PathLike], image_root: str | os.PathLike | Sequence[str | os.PathLike],
+                 encode: Encode, prepare: Callable[[Image.Image], torch.Tensor], workers: int = 0):
+        self.files, self.encode, self.prepare = [os.fspath(file) for file in files], encode, prepare
+        roots = [image_root] if isinstance(image_root, (str, os.PathLike)) else list(image_root)
+        if len(roots) not in (1, len(files)):
+            raise DataError(f"{len(roots)} image folders for {len(files)} files: give one for all, or one for each")
+        self.roots = roots * (len(files) // len(roots))
+        for root in roots:
+            if not os.path.isdir(root):
+                raise DataError(f"{root} is not a folder: give the one from which the paths of images start")
+        places, measures = zip(*(_index_rows(file, encode, workers) for file in self.files))
+        self._first = np.cumsum([0] + [len(rows) for rows in places])  # the first row of each file
+        self._places = np.concatenate(places)
+        self._take(np.concatenate(measures))
+
+    def _take(self, measures: np.ndarray) -> None:
+        """Notes what is known of the rows, and checks that enough can be used."""
+        self.lengths, self.has_image = measures["tokens"], measures["image"]
+        self.left_out = np.flatnonzero(self.lengths == 0)
+        bad, count = len(self.left_out), len(self.lengths)
+        if bad == count or bad > BadRows.LIMIT * count + BadRows.SPARE:
+            raise DataError(f"{bad} of {count} conversations cannot be used, such as {self.describe(self.left_out[0])}")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def _file(self, index: int) -> int:
+        return int(np.searchsorted(self._first, index, side="right")) - 1
+
+    def name(self, index: int) -> str:
+        """What a row is called: its file, and its number there, from 1."""
+        file = self._file(index)
+        return f"{self.files[file]}, row {index - self._first[file] + 1}"
+
+    def row(self, index: int, epoch: int = 0) -> dict:
+        """A row as it stands in its file."""
+        return _read_row(self.files[self._file(index)], self._places[index])
+
+    def open(self, index: int, row: dict) -> Image.Image:
+        """The picture of a row, its pixels not yet decoded. Raises what Pillow raises when it cannot be read."""
+        return Image.open(os.path.join(self.roots[self._file(index)], row["image"]))
+
+    def describe(self, index: int) -> str:
+        """A row that cannot be used, and why not."""
+        return f"{self.name(index)}: {fault(self.row(index)) or 'the text is cut off before its first answer'}"
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Example:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        row = self.row(index, epoch)
+        ids, labels = self.encode(answered(row))
+        if not self.has_image[index]:
+            return Example(ids, labels, None)
+        try:
+            with self.open(index, row) as picture:
+                picture.load()
+                picture = to_rgb(picture)
+        except Exception as error:  # on damaged files Pillow raises nearly every kind
+            reason = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({type(error).__name__})"
+            blank = self.prepare(Image.new("RGB", (8, 8)))  # keeps the batch's shape and modality
+            return Example(ids, [-100] * len(ids), blank, f"{self.name(index)}: {row['image']} {reason}")
+        return Example(ids, labels, self.prepare(picture))
+
+
+class SceneConversations(Conversations):
+    """Conversations about `Scenes`, with the same interface, two about each: what is there, and what is where.
+
+    Questions about a picture are joined, as LLaVA-1.5 joins them, in an order that changes from epoch to epoch. They are
+    parted so because "The red ring is above the blue bar." would give away the color of the ring, and whether there is
+    one. `Scene.conversations` has each question alone, with its kind.
+    """
+
+    PARTS = ("presence", "count", "color"), ("relation", "refer", "caption")
+
+    def __init__(self, scenes: Scenes, encode: Encode, prepare: Callable[[Image.Image], torch.Tensor], workers: int = 0):
+        self.scenes, self.encode, self.prepare = scenes, encode, prepare
+        self._take(_measure(2 * len(scenes), self.row, encode, workers))
+
+    def name(self, index: int) -> str:
+        """What a scene is called."""
+        return self.scenes.name(index // 2)
+
+    def row(self, index: int, epoch: int = 0) -> dict:
+        """A row about a scene, with its picture."""
+        scene = self.scenes[index // 2]
+        rows = [row for row in scene.conversations if row["kind"] in self.PARTS[index % 2]]
+        order = generator("turns", self.scenes.seed, epoch, index).permutation(len(rows))
+        turns = [turn for i in order for turn in rows[i]["conversations"]]
+        return {"id": scene.name, "image": scene.name, "conversations": turns, "picture": scene.image}
+
+    def open(self, index: int, row: dict) -> Image.Image:
+        """The picture of a row."""
+        return row["picture"]
+
+
+def fault(row: object) -> str | None:
+    """Why a row cannot be used; None where it can."""
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or len(turns) < 2:
+        return "it has no conversation, which takes a question and an answer"
+    for number, turn in enumerate(turns):
+        role = "gpt" if number % 2 else "human"
+        if not isinstance(turn, dict) or turn.get("from") != role or not isinstance(turn.get("value"), str):
+            return f'message {number + 1} is not {{"from": "{role}", "value": "some text"}}'
+    if not isinstance(row.get("image") or "", str):
+        return "its image is no path"
+    return None
+
+
+def answered(row: dict) -> Messages:
+    """The messages of a row without a last question that has no answer."""
+    return row["conversations"][: len(row["conversations"]) // 2 * 2]
+
+
+def _index_rows(path: str, encode: Encode, workers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Place and measure of each row of a file, from the cache where it is there. Raises DataError."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a JSON file of conversations") from None
+    key = hashlib.sha256(pickle.dumps((1, status.st_size, status.st_mtime_ns, encode))).hexdigest()[:16]
+    folder, name = os.path.split(os.path.realpath(path))
+    user = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "conversation-index")
+    caches = [os.path.join(place, f".{name}.{key}.index.npz") for place in (folder, user)]
+    for cache in caches:
+        try:
+            with np.load(cache) as known:
+                return known["places"], known["measures"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or damaged
+            pass
+    places = _places(path)
+    measures = _measure(len(places), functools.partial(_nth_row, path, places), encode, workers)
+    for cache in caches:
+        unfinished = f"{cache}.{uuid.uuid4().hex}.tmp"
+        try:
+            os.makedirs(os.path.dirname(cache), exist_ok=True)
+            with open(unfinished, "xb") as target:
+                np.savez_compressed(target, places=places, measures=measures)
+            os.replace(unfinished, cache)
+            break
+        except OSError:
+            if os.path.exists(unfinished):
+                os.remove(unfinished)
+    return places, measures
+
+
+def _places(path: str) -> np.ndarray:
+    """Where each row of a JSON list, or of JSON lines, lies in its file. Raises DataError, which names the line."""
+    with open(path, encoding="latin-1", newline="") as file:  # a byte is a character: JSON's own signs are ASCII
+        text = file.read()
+    skip, decode, places = re.compile(r"[ \t\r\n]*").match, json.JSONDecoder().raw_decode, []
+    at = skip(text).end()
+    listed = text[at : at + 1] == "["
+    at = skip(text, at + listed).end()
+    try:
+        while at < len(text) and not (listed and text[at] == "]"):
+            end = decode(text, at)[1]
+            places.append((at, end - at))
+            at = skip(text, end).end()
+            if listed and text[at : at + 1] != "]":
+                if text[at : at + 1] != ",":
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+                at = skip(text, at + 1).end()
+        if listed and at == len(text):
+            raise json.JSONDecodeError("The list does not end", text, at)
+        if listed and (at := skip(text, at + 1).end()) < len(text):
+            raise json.JSONDecodeError("Extra data", text, at)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: is no JSON ({error.msg}); repair or download it again") from None
+    if not places:
+        raise DataError(f"{path}: holds no conversations; give a JSON list of them, or one on each line")
+    return np.array(places, PLACE)
+
+
+def _read_row(path: str, place: np.void) -> object:
+    """A row from its place."""
+    with open(path, "rb") as file:
+        file.seek(place["start"])
+        return json.loads(file.read(place["size"]).decode("utf-8", errors="replace"))
+
+
+def _nth_row(path: str, places: np.ndarray, number: int) -> object:
+    return _read_row(path, places[number])
+
+
+class _Measures(torch.utils.data.Dataset):
+    """The measures of rows, a block of them at a time, for data processes."""
+
+    BLOCK = 256
+
+    def __init__(self, count: int, row: Callable[[int], object], encode: Encode):
+        self.count, self.row, self.encode = count, row, encode
+
+    def __len__(self) -> int:
+        return -(-self.count // self.BLOCK)
+
+    def __getitem__(self, block: int) -> np.ndarray:
+        numbers = range(block * self.BLOCK, min(self.count, (block + 1) * self.BLOCK))
+        return np.array([self.measure(self.row(number)) for number in numbers], MEASURE)
+
+    def measure(self, row: object) -> tuple[int, bool]:
+        """How many ids a row has (0: it cannot be used), whether there is a picture."""
+        if fault(row):
+            return 0, False
+        ids, labels = self.encode(answered(row))
+        return len(ids) * any(label != -100 for label in labels), bool(row.get("image"))
+
+
+def _measure(count: int, row: Callable[[int], object], encode: Encode, workers: int) -> np.ndarray:
+    """The measure of each of `count` rows."""
+    blocks = torch.utils.data.DataLoader(_Measures(count, row, encode), batch_size=None, num_workers=workers,
+                                         collate_fn=np.asarray)
+    shown = tqdm(blocks, "measuring conversations", leave=False, delay=2, disable=not sys.stderr.isatty())
+    return np.concatenate(list(shown))
+
+
+class ConversationBatches(Batches):
+    """`Batches` of `Conversations`: each global batch has either pictures in all its rows or in none, and similar lengths.
+
+    In each epoch a random order of either kind is cut into pools of 50 global batches; a pool is sorted by length and
+    cut into its batches; the batches of all pools are shuffled. What is left of a kind and fills no batch is dropped.
+    """
+
+    POOL = 50
+
+    def __init__(self, source: Conversations, global_batch: int, epochs: int, seed: int, rank: int = 0, world: int = 1,
+                 micro_batch: int | None = None, start_update: int = 0, updates: int | None = None):
+        usable, pictures = source.lengths > 0, source.has_image
+        self.lengths, self.world = source.lengths, world
+        self.kinds = [np.flatnonzero(usable & pictures), np.flatnonzero(usable & ~pictures)]
+        whole = sum(len(kind) // global_batch for kind in self.kinds) * global_batch
+        if not whole:
+            raise DataError(f"{len(self.kinds[0])} conversations about images and {len(self.kinds[1])} without: neither "
+                            f"fills a global batch of {global_batch}, use a smaller one")
+        super().__init__(whole, global_batch, epochs, seed, rank, world, micro_batch, start_update, updates)
+
+    def order(self, epoch: int) -> torch.Tensor:
+        """The rows of an epoch, batch after batch, int64 [count]."""
+        rng, batches, size = generator("conversations", self.seed, epoch), [], self.global_batch
+        for kind in self.kinds:
+            order = rng.permutation(kind)[: len(kind) // size * size]
+            for pool in np.split(order, range(self.POOL * size, len(order), self.POOL * size)):
+                batches.append(pool[np.argsort(self.lengths[pool], kind="stable")].reshape(-1, size))
+        batches = rng.permutation(np.concatenate(batches))  # [updates, global batch]
+        # the shortest rows go to the first micro-batch of every rank, so that ranks have equal work at each moment
+        return torch.from_numpy(batches).view(len(batches), -1, self.world, self.micro_batch).transpose(1, 2).flatten()
+
+
+class BadRows(Unreadable):
+    """The same count of conversations whose picture cannot be read; they are in their batches without a label."""
+
+    WHAT, NOTE = "conversations", "left out"
+
+
+def collate_conversations(examples: Sequence[Example]) -> tuple[dict[str, torch.Tensor | None], list[str]]:
+    """Examples -> ids and labels [B, T], padded on the right by 0 and -100, images [B', ...], rows [B'], which of the
+    batch have them (None: all; images too is None where there are none); and what is bad."""
+    B, T = len(examples), max(len(example.ids) for example in examples)
+    ids, labels = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -100)
+    for i, example in enumerate(examples):
+        ids[i, : len(example.ids)], labels[i, : len(example.ids)] = torch.tensor(example.ids), torch.tensor(example.labels)
+    rows = [i for i, example in enumerate(examples) if example.image is not None]
+    images = torch.stack([examples[i].image for i in rows]) if rows else None
+    batch = dict(ids=ids, labels=labels, images=images, rows=torch.tensor(rows) if 0 < len(rows) < B else None)
+    return batch, [example.bad for example in examples if example.bad]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pictures of results
 
 
@@ -994,3 +1300,85 @@ def scatter(points: dict[str, tuple[float, float]], axes: tuple[str, str], line:
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=(31, 119, 180))
         draw.text((x + 8, y), name, "black", font, anchor="lm")
     return sheet
+
+
+def card(image: Image.Image, lines: Sequence[tuple[str, str]], boxes: Sequence[tuple[Sequence[float], str]] = (),
+         width: int = 320) -> Image.Image:
+    """A picture of that width, the boxes (x1, y1, x2, y2 in shares of the sides) drawn in their colors, and below it
+    the colored lines of text, wrapped."""
+    image, font = ImageOps.exif_transpose(image), ImageFont.load_default(13)
+    height = round(width * image.height / image.width)
+    wrapped = []
+    for text, color in lines:
+        for paragraph in text.split("\n"):
+            row = ""
+            for word in paragraph.split():
+                longer = f"{row} {word}".strip()
+                if row and font.getlength(longer) > width:
+                    wrapped.append((row, color))
+                    longer = word
+                row = longer
+            wrapped.append((row, color))
+    sheet = Image.new("RGB", (width, height + 6 + 17 * len(wrapped)), "white")
+    sheet.paste(image.convert("RGB").resize((width, height), Resampling.BICUBIC))
+    draw = ImageDraw.Draw(sheet)
+    for box, color in boxes:
+        draw.rectangle([side * (width - 1, height - 1)[i % 2] for i, side in enumerate(box)], outline=color, width=3)
+    for number, (row, color) in enumerate(wrapped):
+        draw.text((0, height + 4 + 17 * number), row, color, font)
+    return sheet
+
+
+# Of Okabe and Ito: told apart by eyes of all kinds, and in print
+LINES = ((95, 95, 95), (213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0))
+
+
+def radar(axes: Sequence[str], series: dict[str, Sequence[float]], reach: float, radius: int = 360) -> Image.Image:
+    """Named series of one value an axis, from -reach in the middle to reach at the rim, with a ring at each whole number.
+
+    An axis is called by the first line of its text; further lines stand below it in grey. All is drawn three times as
+    large and then averaged, for smooth lines.
+    """
+    fine, black, grey, faint = 3, (0, 0, 0), (110, 110, 110), (205, 205, 205)
+    radius, row = fine * radius, fine * radius / 9  # row: the height of a line of text
+    large, small = ImageFont.load_default(radius / 13), ImageFont.load_default(radius / 16)
+    angles = [2 * math.pi * i / len(axes) - math.pi / 2 for i in range(len(axes))]  # clockwise from the top
+    wide = max(1.15 * radius * abs(math.cos(angle)) + large.getlength(line) for angle, text in zip(angles, axes)
+               for line in text.split("\n"))
+    of_names, tall = max(map(large.getlength, series)), 1.15 * radius + 2 * row
+    wide, low = max(wide, of_names / 2 + 2 * row), 1.15 * radius * max(map(math.sin, angles)) + 2.5 * row  # from the centre
+    sheet = Image.new("RGB", (2 * math.ceil(wide), math.ceil(tall + low + row * (len(series) + 1))), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def places(values: Sequence[float]) -> list[tuple[float, float]]:
+        shares = [radius * min(max(value + reach, 0), 2 * reach) / (2 * reach) for value in values]
+        return [(wide + share * math.cos(angle), tall + share * math.sin(angle)) for share, angle in zip(shares, angles)]
+
+    rings = [value for value in range(-math.ceil(reach), math.ceil(reach) + 1) if abs(value) < reach]
+    for value in (*rings, reach):
+        draw.polygon(places([value] * len(axes)), outline=faint if value else (150, 150, 150), width=fine)
+    for angle, text, end in zip(angles, axes, places([reach] * len(axes))):
+        draw.line([(wide, tall), end], faint, fine)
+        lines = text.split("\n")
+        anchor = "r" if math.cos(angle) < -0.1 else "l" if math.cos(angle) > 0.1 else "m"
+        x, y = wide + 1.08 * radius * math.cos(angle), tall + 1.12 * radius * math.sin(angle)
+        y -= row * (len(lines) - 1) * (1 - math.sin(angle)) / 2  # the near edge of the text, not its middle, is there
+        for i, line in enumerate(lines):
+            draw.text((x, y + row * i), line, black if line is lines[0] else grey, large if line is lines[0] else small, anchor + "m")
+    shades = list(zip(series.items(), LINES * len(series)))
+    for (_, values), color in shades:  # all areas first, for they would tint the lines
+        mask = Image.new("L", sheet.size)
+        ImageDraw.Draw(mask).polygon(places(values), 40)
+        sheet.paste(color, mask=mask)
+    for number, ((name, values), color) in enumerate(shades):
+        points, dot = places(values), fine * 5
+        draw.line([*points, *points[:2]], color, fine * 3, joint="curve")
+        for x, y in points:
+            draw.ellipse((x - dot, y - dot, x + dot, y + dot), color)
+        left, y = wide - of_names / 2 - row, tall + low + row * (number + 0.5)
+        draw.line([(left, y), (left + row, y)], color, fine * 4)
+        draw.text((left + 1.5 * row, y), name, black, large, "lm")
+    for value in rings:
+        x, y = places([value] * len(axes))[0]
+        draw.text((x - row / 5, y - row / 4), f"{value:+d}" if value else "0", grey, small, "rm")
+    return sheet.reduce(fine)
