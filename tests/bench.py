@@ -35,6 +35,7 @@ import llama
 import probe
 import train_align
 import vit
+import vlm
 
 THREADS = 2
 
@@ -407,20 +408,23 @@ def training() -> list[str]:
 
 
 def generation() -> list[str]:
-    """64 tokens after prompts of 64, greedily; ours packed for the CPU."""
+    """64 tokens after prompts of 64, greedily; ours packed for the CPU. At batch 1 each token reads all weights once, which
+    no program can be faster than: `floor` is that alone."""
     rows = []
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         ours, theirs = both_llamas(dtype)
         llama.pack(ours)
+        read = [weight for name, weight in theirs.named_parameters() if "embed_tokens" not in name]
         for batch in (1, 8):
             ids = torch.randint(3, 32000, (batch, 64), generator=torch.Generator().manual_seed(0))
             how = dict(max_new_tokens=64, min_new_tokens=64, do_sample=False, attention_mask=torch.ones_like(ids), pad_token_id=0)
-            functions = {"ours": lambda: ours.generate(ids, max_new_tokens=64, stop=None), "theirs": lambda: theirs.generate(ids, **how)}
+            functions = {"ours": lambda: ours.generate(ids, max_new_tokens=64, stop=None), "theirs": lambda: theirs.generate(ids, **how),
+                         "floor": lambda: [weight.view(torch.float32).sum() for _ in range(64) for weight in read]}
             if precision == "fp32":
                 assert ours.generate(ids, max_new_tokens=64, stop=None) == theirs.generate(ids, **how)[:, 64:].tolist()
             took = interleave(functions, 5)
             rows.append(f"generation {precision}, batch {batch}: {took['ours']:.2f} s, transformers {took['theirs']:.2f} s = "
-                        f"{took['theirs'] / took['ours']:.2f} times that (at least 1.3)")
+                        f"{took['theirs'] / took['ours']:.2f} times that (at least 1.3); reading the weights alone {took['floor']:.2f} s")
     return rows
 
 
@@ -441,6 +445,44 @@ LOAD_LLAMA = LOAD_SO400M.replace("import sys, time, torch, vit", "import sys, ti
 def load_llama() -> list[str]:
     """llama.load of a folder of about 2 GB in float32: peak memory over the files' size, seconds."""
     return [f"load   {row}" for row in load_peak(WRITE_LLAMA, LOAD_LLAMA, "llama")]
+
+
+def demo_questions(kinds: set[str], count: int = 64) -> tuple[vlm.VLM, list[Image.Image], list[str], list[str]]:
+    """The demo's model (after `python train_vlm.py`), and images, questions and answers about scenes."""
+    model, rows, scenes = vlm.load(ROOT / "runs" / "vlm" / "model", pack=True), [], pictures.Scenes(200, 4_000_037)
+    for i in range(200):
+        scene = scenes[i]
+        rows += [(scene.image, *(turn["value"] for turn in row["conversations"])) for row in scene.conversations if row["kind"] in kinds]
+    return model, *map(list, zip(*rows[:count]))
+
+
+def scoring() -> list[str]:
+    """64 multiple-choice questions about scenes, in batches or one at a time, with the demo's model."""
+    model, images, questions, _ = demo_questions({"relation", "presence"})
+    choices = [["True", "False"] if "True" in question else ["Yes", "No"] for question in questions]
+    functions = {
+        "batches": lambda: [row for i in (0, 32) for row in model.score(images[i : i + 32], questions[i : i + 32], choices[i : i + 32])],
+        "single": lambda: [model.score([image], [question], [choice])[0] for image, question, choice in zip(images, questions, choices)],
+    }
+    assert np.allclose(functions["batches"](), functions["single"](), atol=1e-4)
+    took = interleave(functions, 5)
+    return [f"scoring 64 questions: {took['batches']:.2f} s in batches of 32, one at a time {took['single']:.2f} s = "
+            f"{took['single'] / took['batches']:.1f} times that (at least 3)"]
+
+
+def answering() -> list[str]:
+    """64 questions about scenes answered in text, in batches or one at a time, with the demo's model."""
+    model, images, questions, _ = demo_questions({"count", "color", "refer"})
+    order = sorted(range(64), key=lambda i: len(questions[i]))  # as eval.py does, questions of one length together
+    images, questions = [images[i] for i in order], [questions[i] for i in order]
+    functions = {
+        "batches": lambda: [answer for i in (0, 32) for answer in model.generate(images[i : i + 32], questions[i : i + 32])],
+        "single": lambda: [model.generate([image], [question])[0] for image, question in zip(images, questions)],
+    }
+    assert functions["batches"]() == functions["single"]()
+    took = interleave(functions, 5)
+    return [f"answering 64 questions: {took['batches']:.2f} s in batches of 32, one at a time {took['single']:.2f} s = "
+            f"{took['single'] / took['batches']:.1f} times that (at least 3)"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -501,7 +543,8 @@ SUITES: dict[str, list[Callable[[], list[str]]]] = {
     "align": [softcap, update, load, data, index],
     "probe": [labels, metrics, cache],
     "locality": [locality],
-    "vlm": [training, generation, load_llama],
+    "vlm": [training, generation, load_llama, scoring],
+    "eval": [answering],
 }
 
 
