@@ -1060,6 +1060,8 @@ def fault(row: object) -> str | None:
         role = "gpt" if number % 2 else "human"
         if not isinstance(turn, dict) or turn.get("from") != role or not isinstance(turn.get("value"), str):
             return f'message {number + 1} is not {{"from": "{role}", "value": "some text"}}'
+        if re.search("[\ud800-\udfff]", turn["value"]):  # half of a character, which no tokenizer takes
+            return f"message {number + 1} is no valid Unicode"
     if not isinstance(row.get("image") or "", str):
         return "its image is no path"
     return None
@@ -1306,7 +1308,8 @@ def card(image: Image.Image, lines: Sequence[tuple[str, str]], boxes: Sequence[t
          width: int = 320) -> Image.Image:
     """A picture of that width, the boxes (x1, y1, x2, y2 in shares of the sides) drawn in their colors, and below it
     the colored lines of text, wrapped."""
-    image, font = ImageOps.exif_transpose(image), ImageFont.load_default(13)
+    turn, font = orientation(image), ImageFont.load_default(13)
+    image = image.transpose(TURNS[turn]) if turn in TURNS else image
     height = round(width * image.height / image.width)
     wrapped = []
     for text, color in lines:

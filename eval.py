@@ -182,7 +182,7 @@ def parse_box(text: str) -> list[float] | None:
     """[x1, y1, x2, y2], shares of width and height from the upper left corner; None for anything else."""
     try:
         box = ast.literal_eval(text.strip()) if re.fullmatch(r"\s*\[[-+.\deE,\s]*\]\s*", text) else []
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the latter two: of thousands of signs in a row
         return None
     return box if len(box) == 4 and 0 <= box[0] <= box[2] <= 1 and 0 <= box[1] <= box[3] <= 1 else None
 

@@ -93,7 +93,7 @@ class Options:
     image_size: int | None = option(None, "another input size: position embeddings are resampled", least=1)
 
     epochs: int | None = option(None, "passes over the data; the recipe's if not given", least=1)
-    updates: int | None = option(None, "end the schedule after so many updates, whatever --epochs says", least=1)
+    updates: int | None = option(None, "end the schedule after at most so many updates", least=1)
     batch: int | None = option(None, "images per update, over all processes; the recipe's if not given", least=1)
     lr: float | None = option(None, "peak learning rate; the recipe's if not given", least=0, free=True)
     lr_end: float = option(0.1, "the cosine ends at this share of the peak", least=0)

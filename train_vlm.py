@@ -9,7 +9,7 @@ Writes to --out: model/ (the VLM's folder), log.jsonl, checkpoints/, and without
 top to bottom: options, recipes, set-up, one update, checkpoints, the loop, questions about scenes.
 
 What an update sees depends on the seed and the update's number alone, and its loss is the mean over all the label
-tokens of the global batch, so any number of processes and micro-batches trains the same model.
+tokens of the global batch, so in float32 any number of processes and micro-batches trains the same model.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TextIO, get_args, get_origin
 
@@ -119,7 +120,7 @@ class Options:
     resume: str | None = option(None, "continue from --out's newest checkpoint, or from the folder given", free=True)
 
     epochs: int | None = option(None, "passes over the data", least=1)
-    updates: int | None = option(None, "end the schedule after so many updates, whatever --epochs says", least=1)
+    updates: int | None = option(None, "end the schedule after at most so many updates", least=1)
     batch: int | None = option(None, "conversations per update, over all processes", least=1)
     lr: float | None = option(None, "peak learning rate", least=0, free=True)
     warmup: float | None = option(None, "the share of the updates in which the rate rises", least=0)
@@ -210,6 +211,7 @@ class Machine:
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
         if not dist.is_initialized():
             how = {} if self.world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            how["timeout"] = timedelta(hours=2)  # the others wait while the first process indexes the conversations
             dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None, **how)
         has_bf16 = torch.cuda.is_bf16_supported() if cuda else vit.cpu_has_bf16()
         self.bf16 = options.precision == "bf16" or (options.precision == "auto" and has_bf16)
@@ -343,7 +345,8 @@ class Run:
         vision = load_vision(o)
         config = vision.encoder.config if isinstance(vision, Student) else vision.config
         second = load_second(o, config.image_size)
-        self.fingerprint = sum(p.double().abs().sum().item() for p in vision.parameters())
+        frozen = [*vision.parameters(), *(second.parameters() if second else ())]
+        self.fingerprint = sum(p.double().abs().sum().item() for p in frozen)
         language, tokenizer = load_language(o, m)
         self.vlm = vlm.build(vision, language, tokenizer, VARIANTS[o.variant][0], second, vlm.TEMPLATES[o.template], o.max_text)
         for part in (self.vlm.language, *self.vlm.adapter.modules()):
@@ -714,7 +717,7 @@ def finish(run: Run) -> None:
         print(report(rows))
     print(f"""
 the model       {path}
-ask it          python vlm.py {path} IMAGE "What is in the image?"
+ask it          python vlm.py {path} IMAGE "Describe the image."
 for others      python vlm.py {path} --export FOLDER     (the language model, in transformers' layout)
 next            python eval.py {path}""")
 

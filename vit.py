@@ -528,9 +528,20 @@ def preprocess(image: Image.Image, config: ViTConfig, square: bool = False) -> T
     return normalize(torch.from_numpy(np.array(fit(image, config, square))).permute(2, 0, 1), config)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Any PIL image as RGB, turned as its EXIF data says. 16-bit greys are scaled to 8 bits; Pillow alone clips them."""
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # damaged metadata, which can fail in any way, does not make a picture unreadable
+        pass
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def fit(image: Image.Image, config: ViTConfig, square: bool = False) -> Image.Image:
     """The resizing and cropping of `preprocess`: any PIL image -> RGB of the model's input size."""
-    image, size = ImageOps.exif_transpose(image).convert("RGB"), config.image_size
+    image, size = upright(image), config.image_size
     if square:
         return image.resize((size, size), Image.Resampling.BICUBIC)
     width, height = image.size

@@ -47,6 +47,9 @@ Images = Sequence[Image.Image | None]  # for each prompt one or none
 class VLMError(ValueError):
     """Input, a file or a folder that cannot be used as asked; one sentence says why and what to do."""
 
+    def __str__(self) -> str:
+        return super().__str__().rsplit("VLMError: ")[-1].strip()  # drops the traceback that a data process adds
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Template and encoding
@@ -248,6 +251,7 @@ class Truncated(Adapter):
             self.norm.load_state_dict(backbone.norm.state_dict())
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.blocks[0].norm1.weight.dtype)  # FSDP brings the weights in bf16, the frozen part is float32
         x = vit.run_blocks(self.blocks, x, self.positions(x.device), self.checkpointing)
         return self.head(self.norm(x))
 

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -395,6 +396,8 @@ def training() -> list[str]:
             loss().backward()
         model.zero_grad(set_to_none=False)  # the gradients stay allocated, in both
 
+    same = ours.loss(embeds, labels), theirs(inputs_embeds=embeds, labels=labels).loss
+    assert torch.allclose(*same, rtol=1e-4), same
     for precision in ("fp32", "bf16"):
         functions = {
             "ours": lambda bf16=precision == "bf16": step(ours, lambda: ours.loss(embeds, labels), bf16),
@@ -497,7 +500,7 @@ def shell(log: Path, *argv: str) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, *argv, "--workers", "0"], env=environment, stdout=file, stderr=file, check=True)
+        subprocess.run([sys.executable, *argv], env=environment, stdout=file, stderr=file, check=True)
 
 
 def align_and_probe(job: tuple[str, int]) -> None:
@@ -506,14 +509,15 @@ def align_and_probe(job: tuple[str, int]) -> None:
     objective, seed = job
     backbone, out = ROOT / "demo" / "teacher.safetensors", OUT / f"{objective}-{seed}"
     if objective != "teacher":
-        backbone = out / "align" / "aligned.safetensors"
-        if not backbone.exists():
+        backbone, made = out / "align" / "aligned.safetensors", out / "align" / "options.json"
+        flags = f"--objective {objective} --seed {seed} --out {out / 'align'} --workers 0".split()
+        now = json.loads(json.dumps(asdict(train_align.parse(flags))))
+        if not backbone.exists() or {**json.loads(made.read_text()), "weights": now["weights"]} != now:  # of other defaults
             shutil.rmtree(out, ignore_errors=True)
-            shell(OUT / "logs" / f"align-{objective}-{seed}.txt", str(ROOT / "train_align.py"),
-                  *f"--objective {objective} --seed {seed} --out {out / 'align'}".split())
+            shell(OUT / "logs" / f"align-{objective}-{seed}.txt", str(ROOT / "train_align.py"), *flags)
     if not (out / "probe" / "results.json").exists():
         shell(OUT / "logs" / f"probe-{objective}-{seed}.txt", str(ROOT / "probe.py"), str(backbone), "--resume", *PROBES.split(),
-              *f"--seed {seed} --out {out / 'probe'}".split())
+              *f"--seed {seed} --out {out / 'probe'} --workers 0".split())
 
 
 PROBES = "--tasks local,global,leakage --heads transformer,linear --interventions none,cls-only,anonymous"

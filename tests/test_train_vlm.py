@@ -310,6 +310,19 @@ def test_processes_accumulation_and_sharding_change_nothing(parts: Path, default
         close(out, default)
 
 
+@pytest.mark.parametrize("variant", train_vlm.VARIANTS)
+def test_bf16_with_and_without_sharding(variant: str, parts: Path, tmp_path: Path):
+    """Two updates in bfloat16, the precision of the paper's runs: FSDP, which keeps weights and optimizer in float32,
+    and plain autocast lose about the same."""
+    more = ["--second", parts / "second.safetensors"] if variant == "dinov2-fusion" else []
+    kind = "aligned" if train_vlm.VARIANTS[variant][1] else "teacher"
+    argv = ["--variant", variant, "--weights", parts / f"{kind}.safetensors", "--updates", 2, "--precision", "bf16", *more]
+    for name, how in (("plain", []), ("sharded", ["--fsdp"])):
+        run(*flags(parts, tmp_path / name, *argv, *how))
+    ours, theirs = losses(tmp_path / "sharded"), losses(tmp_path / "plain")
+    assert ours == {update: pytest.approx(loss, rel=0.01) for update, loss in theirs.items()} and len(ours) == 2
+
+
 def stop_at(update: int, monkeypatch) -> None:
     """Send this process SIGTERM during an update."""
     real = train_vlm.Run.train_update

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -254,6 +255,24 @@ def test_preprocess_takes_any_kind_of_image(mode):
     for square in (False, True):
         x = vit.preprocess(image, tiny("clip-vit-b"), square)
         assert x.shape == (3, 40, 40) and x.dtype == torch.float32 and x.isfinite().all()
+
+
+def test_16_bit_greys_are_scaled():
+    image = Image.fromarray(np.full((40, 40), 0x8040, np.uint16))
+    assert np.asarray(vit.upright(image)).min() == np.asarray(vit.upright(image)).max() == 0x80
+
+
+def test_exif_turns_an_image_and_its_damage_does_not_matter(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    image.getexif()[0x0112] = 6
+    assert np.array_equal(np.asarray(vit.upright(image)), np.rot90(pixels, -1))
+
+    def damaged(_):
+        raise struct.error("unpack requires a buffer of 12 bytes")
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", damaged)
+    assert np.array_equal(np.asarray(vit.upright(image)), pixels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
