@@ -515,12 +515,20 @@ def align_and_probe(job: tuple[str, int]) -> None:
         if not backbone.exists() or {**json.loads(made.read_text()), "weights": now["weights"]} != now:  # of other defaults
             shutil.rmtree(out, ignore_errors=True)
             shell(OUT / "logs" / f"align-{objective}-{seed}.txt", str(ROOT / "train_align.py"), *flags)
-    if not (out / "probe" / "results.json").exists():
-        shell(OUT / "logs" / f"probe-{objective}-{seed}.txt", str(ROOT / "probe.py"), str(backbone), "--resume", *PROBES.split(),
-              *f"--seed {seed} --out {out / 'probe'} --workers 0".split())
+    flags = f"--tasks local,global,leakage --heads transformer,linear --seed {seed} --out {out / 'probe'} --workers 0 --resume"
+    if objective in ("teacher", "maskembed"):  # as figure 9, right
+        flags += " --interventions none,cls-only,anonymous"
+    shell(OUT / "logs" / f"probe-{objective}-{seed}.txt", str(ROOT / "probe.py"), str(backbone), *flags.split())
 
 
-PROBES = "--tasks local,global,leakage --heads transformer,linear --interventions none,cls-only,anonymous"
+def found_by(objective: str) -> dict[str, np.ndarray]:
+    """What the probes found: column -> recall in percent, or leakage, for each seed."""
+    columns = {}
+    for seed in SEEDS:
+        for result in json.loads((OUT / f"{objective}-{seed}" / "probe" / "results.json").read_text())["results"]:
+            best = result["best"]
+            columns.setdefault(probe.Probe(**result["probe"]).title, []).append(best.get("leakage", 100 * best.get("recall", 0)))
+    return {title: np.array(values) for title, values in columns.items()}
 
 
 def locality() -> list[str]:
@@ -529,16 +537,19 @@ def locality() -> list[str]:
     names = ["teacher", *train_align.OBJECTIVES]
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(align_and_probe, [(name, seed) for seed in SEEDS for name in names]))
-    found = {name: [json.loads((OUT / f"{name}-{seed}" / "probe" / "results.json").read_text())["results"] for seed in SEEDS] for name in names}
-    titles = [probe.Probe(**result["probe"]).title for result in found["teacher"][0]]
-    values = {name: np.array([[result["best"].get("leakage", 100 * result["best"].get("recall", np.nan)) for result in results]
-                              for results in found[name]]) for name in names}  # [seeds, titles]
-    rows = [["teacher", *(f"{v:.4f}" if t == "leakage" else f"{v:.2f}" for t, v in zip(titles, values["teacher"].mean(0)))]]
-    for name in names[1:]:
-        change = values[name] - values["teacher"]
-        mean, error = change.mean(0), change.std(0, ddof=1) / len(SEEDS) ** 0.5
-        rows.append([name, *(f"{m:+.4f} ± {e:.4f}" if t == "leakage" else f"{m:+.2f} ± {e:.2f}" for t, m, e in zip(titles, mean, error))])
-    return probe.table(["macro recall, %", *titles], rows).splitlines()
+    found = {name: found_by(name) for name in names}
+
+    def cell(name: str, title: str) -> str:
+        digits, teacher = 4 if title == "leakage" else 2, found["teacher"][title]
+        if title not in found[name]:
+            return ""
+        if name == "teacher":
+            return f"{teacher.mean():.{digits}f}"
+        change = found[name][title] - teacher
+        return f"{change.mean():+.{digits}f} ± {change.std(ddof=1) / len(SEEDS) ** 0.5:.{digits}f}"
+
+    rows = [[name, *(cell(name, title) for title in found["teacher"])] for name in names]
+    return probe.table(["macro recall, %", *found["teacher"]], rows).splitlines()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
