@@ -78,11 +78,11 @@ RECIPES: dict[str, dict[str, object]] = {
     "clip-vit-l-336": PAPER,
     "siglip-so400m-384": PAPER,
     "own": PAPER,
-    # A language model from scratch learns at a higher rate, in small batches of more epochs.
-    "demo": PAPER | {"epochs": 2, "batch": 32, "lr": 1e-3},
+    # A small language model from scratch learns at a higher rate, in small batches.
+    "demo": PAPER | {"epochs": 1, "batch": 16, "lr": 2e-3},
 }
 DEMO_LANGUAGE = LlamaConfig(
-    vocab_size=640, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
+    vocab_size=640, hidden_size=128, intermediate_size=336, num_hidden_layers=4, num_attention_heads=4,
     max_position_embeddings=1024,
 )  # fmt: skip
 DEMO_WEIGHTS = {  # by whether the backbone is aligned
@@ -114,7 +114,7 @@ class Options:
                                      "if not given, that of each file", free=True)  # fmt: skip
     template: str = option("llama", "what is written around questions and answers", choices=tuple(vlm.TEMPLATES))
     max_text: int = option(2048, "text is cut at so many tokens", least=2)
-    scenes: int = option(12000, "how many built-in scenes make an epoch", least=1)
+    scenes: int = option(14000, "how many built-in scenes make an epoch", least=1)
     val_scenes: int = option(300, "ask about so many scenes at the end", least=1, free=True)
     out: str = option("runs/vlm", "where everything is written", free=True)
     resume: str | None = option(None, "continue from --out's newest checkpoint, or from the folder given", free=True)
@@ -270,7 +270,11 @@ def load_language(options: Options, machine: Machine) -> tuple[Llama, llama.Toke
         if machine.rank == 0:
             train_tokenizer(path)
         dist.barrier()
-        return Llama(DEMO_LANGUAGE), llama.Tokenizer(path)
+        language = Llama(DEMO_LANGUAGE)
+        with torch.no_grad():
+            for matrix in (p for p in language.parameters() if p.ndim == 2):
+                matrix *= DEMO_LANGUAGE.hidden_size**-0.5 / 0.02  # 0.02 suits the width of 4096
+        return language, llama.Tokenizer(path)
     if not options.fsdp:
         language = llama.load(options.language)
     else:
