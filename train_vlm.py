@@ -49,9 +49,8 @@ import llama
 import vit
 import vlm
 from llama import Llama, LlamaConfig
-from maskembed import Student
 from vit import ViT
-from vlm import VLM
+from vlm import VLM, Student
 
 
 class RunError(RuntimeError):
