@@ -26,7 +26,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations, product, zip_longest
 from typing import NamedTuple
 
@@ -1023,12 +1023,13 @@ class Conversations(torch.utils.data.Dataset):
 class SceneConversations(Conversations):
     """Conversations about `Scenes`, with the same interface, two about each: what is there, and what is where.
 
-    Questions about a picture are joined, as LLaVA-1.5 joins them, in an order that changes from epoch to epoch. They are
-    parted so because "The red ring is above the blue bar." would give away the color of the ring, and whether there is
-    one. `Scene.conversations` has each question alone, with its kind.
+    Questions about a picture are joined as LLaVA-1.5 joins them: several in one conversation, how to answer said once.
+    What is asked first must not give away what comes next, or that is learned and not to look. So "The red ring is above
+    the blue bar." stands apart from questions for colors, and of the two questions for presence that `Scene` makes (one
+    yes, one no) there is one. The order changes from epoch to epoch. `Scene.conversations` has each question alone.
     """
 
-    PARTS = ("presence", "count", "color"), ("relation", "refer", "caption")
+    PARTS = (("presence", "count", "color"), 4), (("relation", "refer", "caption"), 1)  # kinds, and how often to draw them
 
     def __init__(self, scenes: Scenes, encode: Encode, prepare: Callable[[Image.Image], torch.Tensor], workers: int = 0):
         self.scenes, self.encode, self.prepare = scenes, encode, prepare
@@ -1040,11 +1041,23 @@ class SceneConversations(Conversations):
 
     def row(self, index: int, epoch: int = 0) -> dict:
         """A row about a scene, with its picture."""
-        scene = self.scenes[index // 2]
-        rows = [row for row in scene.conversations if row["kind"] in self.PARTS[index % 2]]
-        order = generator("turns", self.scenes.seed, epoch, index).permutation(len(rows))
-        turns = [turn for i in order for turn in rows[i]["conversations"]]
+        scene, (kinds, draws) = self.scenes[index // 2], self.PARTS[index % 2]
+        asked = list({q: a for draw in range(draws) for q, a in self.ask(scene, kinds, draw)}.items())  # each once
+        order, turns = generator("turns", self.scenes.seed, epoch, index).permutation(len(asked)), []
+        for question, answer in (asked[i] for i in order):
+            if turns:  # the image and the way to answer are given once
+                question = question.removeprefix("<image>\n").removesuffix(SHORT)
+            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         return {"id": scene.name, "image": scene.name, "conversations": turns, "picture": scene.image}
+
+    def ask(self, scene: Scene, kinds: Sequence[str], draw: int) -> list[tuple[str, str]]:
+        """Questions of some kinds with their answers, as they are drawn for the n-th time; of presence only one."""
+        key = *scene.key, draw
+        rows = [row for row in replace(scene, key=key).conversations if row["kind"] in kinds]
+        presence = [row for row in rows if row["kind"] == "presence"]
+        if presence:
+            rows.remove(presence[generator("presence", *key).integers(2)])
+        return [tuple(turn["value"] for turn in row["conversations"]) for row in rows]
 
     def open(self, index: int, row: dict) -> Image.Image:
         """The picture of a row."""

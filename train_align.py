@@ -13,7 +13,6 @@ and sliced by rank and micro-batch, so any number of processes trains the same m
 """
 
 import argparse
-import ctypes
 import json
 import math
 import os
@@ -212,7 +211,7 @@ class Machine:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
         else:
-            keep_freed_memory()
+            vit.keep_freed_memory()
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
         has_bf16 = torch.cuda.is_bf16_supported() if cuda else vit.cpu_has_bf16()
@@ -240,17 +239,6 @@ class Machine:
         same = self.sum(*values) == [value * self.world for value in values]
         if self.sum(float(same))[0] != self.world:
             raise RunError(f"the processes do not see the same {what}; all need one --out and one --data")
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for reuse: on a CPU, fresh pages for each activation cost 5% of an update."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # not glibc
-        return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def load_teacher(options: Options, machine: Machine) -> ViT:

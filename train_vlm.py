@@ -72,13 +72,13 @@ VARIANTS: dict[str, tuple[str, bool]] = {
 }
 
 # Table 7, the same for both backbones, all variants and both data mixtures (LLaVA-1.5; LVIS-Instruct-4V and LRV added).
-PAPER = {"epochs": 2, "batch": 128, "lr": 2e-5, "warmup": 0.03, "weight_decay": 0.1, "clip": 1.0}
+PAPER = {"epochs": 2, "batch": 128, "lr": 2e-5, "pretrained_lr": 1.0, "warmup": 0.03, "weight_decay": 0.1, "clip": 1.0}
 RECIPES: dict[str, dict[str, object]] = {
     "clip-vit-l-336": PAPER,
     "siglip-so400m-384": PAPER,
     "own": PAPER,
-    # A small language model from scratch learns at a higher rate, in small batches.
-    "demo": PAPER | {"epochs": 1, "batch": 16, "lr": 2e-3},
+    # A small language model from scratch learns at a higher rate, which would undo the aligned decoder, in small batches.
+    "demo": PAPER | {"epochs": 1, "batch": 16, "lr": 1.5e-3, "pretrained_lr": 0.1},
 }
 DEMO_LANGUAGE = LlamaConfig(
     vocab_size=640, hidden_size=128, intermediate_size=336, num_hidden_layers=4, num_attention_heads=4,
@@ -122,6 +122,7 @@ class Options:
     updates: int | None = option(None, "end the schedule after at most so many updates", least=1)
     batch: int | None = option(None, "conversations per update, over all processes", least=1)
     lr: float | None = option(None, "peak learning rate", least=0, free=True)
+    pretrained_lr: float | None = option(None, "the share of it that the adapter's pre-trained layers get", least=0, free=True)
     warmup: float | None = option(None, "the share of the updates in which the rate rises", least=0)
     weight_decay: float | None = option(None, "AdamW, not on biases and norms", least=0)
     clip: float | None = option(None, "largest norm of the gradient", least=1e-9, free=True)
@@ -208,6 +209,8 @@ class Machine:
         if cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+        else:
+            vit.keep_freed_memory()
         if not dist.is_initialized():
             how = {} if self.world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
             how["timeout"] = timedelta(hours=2)  # the others wait while the first process indexes the conversations
@@ -269,17 +272,30 @@ def load_language(options: Options, machine: Machine) -> tuple[Llama, llama.Toke
         if machine.rank == 0:
             train_tokenizer(path)
         dist.barrier()
-        language = Llama(DEMO_LANGUAGE)
-        with torch.no_grad():
-            for matrix in (p for p in language.parameters() if p.ndim == 2):
-                matrix *= DEMO_LANGUAGE.hidden_size**-0.5 / 0.02  # 0.02 suits the width of 4096
-        return language, llama.Tokenizer(path)
+        return Llama(DEMO_LANGUAGE), llama.Tokenizer(path)
     if not options.fsdp:
         language = llama.load(options.language)
     else:
         with torch.device("meta"):
             language = Llama(llama.Weights(options.language).config)
     return language, llama.Tokenizer(options.language, language.config.vocab_size)
+
+
+def draw_small(model: VLM) -> None:
+    """First weights for a small language model from scratch. The usual ones suit a wide one, or one that can talk.
+
+    Words are of unit size, and layers keep what passes them at its size. What attention carries (values, output) starts
+    3 times larger: at first it is an average over a hundred tokens, in which one of them is hardly heard. The adapter's
+    last layer is not zero: what is not shown is not looked for, and what is not looked for is not shown.
+    """
+    D = model.config.language.hidden_size
+    for name, weight in model.language.named_parameters():
+        if weight.ndim == 2:
+            size = 3 * D**-0.5 if "v_proj" in name or "o_proj" in name else D**-0.5
+            nn.init.normal_(weight, std=1.0 if "embed_tokens" in name else size)
+    for layer in model.adapter.modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
 
 
 def train_tokenizer(path: Path) -> None:
@@ -352,6 +368,8 @@ class Run:
         self.fingerprint = sum(p.double().abs().sum().item() for p in frozen)
         language, tokenizer = load_language(o, m)
         self.vlm = vlm.build(vision, language, tokenizer, VARIANTS[o.variant][0], second, vlm.TEMPLATES[o.template], o.max_text)
+        if not o.language:
+            draw_small(self.vlm)
         for part in (self.vlm.language, *self.vlm.adapter.modules()):
             if hasattr(part, "checkpointing"):
                 part.checkpointing = o.checkpointing
@@ -363,9 +381,14 @@ class Run:
             devices = [m.device] if m.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.vlm, devices, gradient_as_bucket_view=True)
         self.trained = dict(self.vlm.trainable())
-        groups = [[p for p in self.trained.values() if (p.ndim > 1) == decayed] for decayed in (True, False)]
-        groups = [{"params": group, "weight_decay": w} for group, w in zip(groups, (o.weight_decay, 0.0))]
-        self.optimizer = torch.optim.AdamW(groups, o.lr, fused=True)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by weight decay and share of the learning rate
+        for name, p in self.trained.items():
+            new = name.removeprefix("adapter.").startswith(self.vlm.adapter.new) or not name.startswith("adapter.")
+            groups.setdefault((o.weight_decay * (p.ndim > 1), 1.0 if new else o.pretrained_lr), []).append(p)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group, "weight_decay": decay, "share": share} for (decay, share), group in groups.items()],
+            o.lr, fused=True,
+        )  # fmt: skip
         for p in self.trained.values():  # the state of before the first update, so that a checkpoint has where to go
             step = torch.zeros((), device=m.device)
             self.optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -426,7 +449,7 @@ class Run:
         labels = max(1.0, m.sum(sum(int((batch["labels"] != llama.IGNORE).sum()) for batch in micro_batches))[0])
         lr = learning_rate(self.update, self.updates, o)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         total = torch.zeros((), device=m.device)
         for i, batch in enumerate(micro_batches):
             batch = {k: v if v is None else v.to(m.device, non_blocking=True) for k, v in batch.items()}
@@ -543,7 +566,7 @@ class Run:
             now, then = getattr(self.options, f.name), theirs.get(f.name)
             if now != then and not f.metadata["free"]:
                 raise RunError(f"{path}: was made with {flag(f.name)} {then}, not {now}; give the same, or another --out")
-            if now != then and f.name in ("lr", "clip", "precision") and self.machine.rank == 0:
+            if now != then and f.name in ("lr", "pretrained_lr", "clip", "precision") and self.machine.rank == 0:
                 self.say(f"continuing with {flag(f.name)} {now}, until now it was {then}")
 
     def save_model(self) -> Path:

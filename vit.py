@@ -15,6 +15,7 @@ Shapes: B batch, V views, N patches, P prefix tokens (class token, registers), T
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import math
@@ -505,6 +506,17 @@ def round_linear_weights(model: nn.Module) -> None:
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bfloat16 natively (AVX512-BF16 or AMX); elsewhere float32 is faster."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for reuse: on a CPU, fresh pages for each activation cost 5% of an update."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -148,11 +148,12 @@ class Adapter(nn.Module):
     """From the vision features [B, M, D] to what the language model reads, [B, M, E].
 
     prefix: whether it reads prefix tokens, of a baseline and of an aligned backbone. own_blocks: how many blocks of the
-    backbone it takes over and trains.
+    backbone it takes over and trains. new: what the names of parameters from scratch begin with; the others `start` sets.
     """
 
     prefix: tuple[bool, bool] = (True, True)
     own_blocks: int = 0
+    new: str = ""
 
     def start(self, source: ViT | Student) -> None:
         """Begin with pre-trained layers of the backbone; most adapters have none."""
@@ -211,6 +212,8 @@ class Decoder(Transformer):
     Prefix tokens are hidden from the decoder, as they were when it was trained.
     """
 
+    new = "decoder.head."
+
     def __init__(self, config: "VLMConfig"):
         super().__init__(config)
         self.num_prefix = config.vision.num_prefix
@@ -231,7 +234,7 @@ class Truncated(Adapter):
     """`truncated`: the last two blocks that the features pass (and the final norm, if they pass it), and a linear layer
     of zeros."""
 
-    own_blocks = 2
+    own_blocks, new = 2, "head."
     positions = ViT.positions  # what the blocks of EVA02 and BEiT need to know
 
     def __init__(self, config: "VLMConfig"):

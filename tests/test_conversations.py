@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -301,25 +302,47 @@ def test_collation(mixed: data.Conversations):
 
 
 def test_scenes_as_conversations():
-    """Two conversations about a scene have all its questions, in another order each epoch; the same in any worker."""
+    """Two conversations about a scene ask its questions, drawn several times, each once, in another order each epoch;
+    the same in any worker."""
     scenes = data.Scenes(12, seed=3)
     source = data.SceneConversations(scenes, encode, prepare)
     assert len(source) == 24 and source.has_image.all() and len(source.left_out) == 0
-    rows = scenes[5].conversations
-    answers = {row["conversations"][0]["value"]: (row["kind"], row["conversations"][1]["value"]) for row in rows}
-    asked = []
     for index in (10, 11):
+        kinds, draws = source.PARTS[index % 2]
+        drawn = [row for draw in range(draws) for row in replace(scenes[5], key=(3, 5, draw)).conversations]
+        answers = {}  # by the question as it is asked after the first
+        for row in drawn:
+            question, answer = (turn["value"] for turn in row["conversations"])
+            answers[question.removeprefix("<image>\n").removesuffix(data.SHORT)] = row["kind"], answer
         pairs = []
         for epoch in (0, 0, 1, 2):
             turns = source.row(index, epoch)["conversations"]
             assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+            assert turns[0]["value"].startswith("<image>\n") and turns[0]["value"].endswith(data.SHORT) == (index % 2 == 0)
+            turns[0]["value"] = turns[0]["value"].removeprefix("<image>\n").removesuffix(data.SHORT)
             pairs.append([(q["value"], a["value"]) for q, a in zip(turns[::2], turns[1::2])])
-            assert all(answers[q][1] == a and answers[q][0] in source.PARTS[index % 2] for q, a in pairs[-1])
+            assert all(answers[q][1] == a and answers[q][0] in kinds for q, a in pairs[-1])
         assert pairs[0] == pairs[1] and any(pairs[0] != other for other in pairs) and sorted(pairs[0]) == sorted(pairs[2])
-        asked += [question for question, _ in pairs[0]]
+        asked = [question for question, _ in pairs[0]]
+        assert len(set(asked)) == len(asked)
+        wanted = {question for question, (kind, _) in answers.items() if kind in kinds}
+        missing = wanted - set(asked)
+        assert all(answers[question][0] == "presence" for question in missing) and (len(missing) > 0) == ("presence" in kinds)
         assert torch.equal(source[0, index].image, prepare(scenes[5].image))
         assert source.lengths[index] == len(encode(source.row(index)["conversations"])[0])
-    assert sorted(asked) == sorted(answers)
+
+
+def test_presence_in_scene_conversations():
+    """Of the two questions for presence that are drawn together, one with yes and one with no, either is asked."""
+    scenes = data.Scenes(40, seed=0)
+    source = data.SceneConversations(scenes, encode, prepare)
+    answers = [[a for _, a in source.ask(scenes[i], ("presence",), draw)] for i in range(40) for draw in range(4)]
+    assert all(len(answer) == 1 for answer in answers) and 50 < answers.count(["Yes"]) < 110
+
+
+def test_scene_conversations_in_workers():
+    """Any number of data processes gives the same batches."""
+    source = data.SceneConversations(data.Scenes(12, seed=3), encode, prepare)
     batches = data.ConversationBatches(source, 4, 1, 0)
     loaders = [DataLoader(source, batch_sampler=batches, collate_fn=data.collate_conversations, num_workers=w) for w in (0, 2)]
     for (a, _), (b, _) in zip(*loaders, strict=True):

@@ -142,6 +142,19 @@ def test_attend(T, kv_heads):
     assert error(llama.attend(q, k, v, bias.expand(2, 1, T, T)), expected) < 1e-6
 
 
+@pytest.mark.parametrize("T", [40, 520])
+def test_attend_in_training_in_bfloat16(T):
+    """Short or long: the result and its gradients are float32's but for bfloat16's rounding."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, T, 16).bfloat16().requires_grad_() for _ in range(3)]
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    weights = torch.randn(2, 3, T, 16).bfloat16()
+    ours, theirs = llama.attend(*inputs, None), plain_attention(*exact)
+    assert ours.dtype == torch.bfloat16 and error(ours.float(), theirs) < 0.02
+    ours.backward(weights), theirs.backward(weights.float())
+    assert all(error(a.grad.float(), b.grad) < 0.02 for a, b in zip(inputs, exact))
+
+
 def test_rotate_is_a_rotation_of_pairs():
     x, positions = torch.randn(2, 5, 3, 8), torch.tensor([[0, 1, 2, 3, 4], [0, 0, 7, 8, 90]])
     pair = torch.complex(x[..., :4], x[..., 4:])
