@@ -5,6 +5,7 @@ three files, `gqa` (grouped queries) in Meta's; of each the q and k projections 
 need transformers itself are skipped where it is not installed.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -442,6 +443,21 @@ def test_tokenizer_encodes_as_sentencepiece(vocabulary):
     answer = tokenizer.encode("blue", eos=True)  # on its own: a word of its own
     assert pieces.id_to_piece(answer[0]).startswith("▁") and tokenizer.decode(answer) == "blue"
     assert llama.Tokenizer(vocabulary.parent, len(pieces)).vocab_size == len(pieces)
+
+
+def test_tokenizer_of_a_real_model():
+    """Mistral 7B's, of Llama's kind, which the package mistral-common carries: a sentence's published ids, and as
+    sentencepiece encodes."""
+    package = importlib.util.find_spec("mistral_common")
+    if package is None:
+        pytest.skip("needs mistral-common (pip install --no-deps mistral-common is enough)")
+    path = Path(package.origin).parent / "data" / "tokenizer.model.v1"
+    tokenizer, pieces = llama.Tokenizer(path, 32000), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert tokenizer.encode("Hello, how are you?", bos=True, eos=True) == [1, 22557, 28725, 910, 460, 368, 28804, 2]
+    for text in ("", "  two  spaces ", "a\nb\n\n", TEXT, "<s>naïve 漢字 🙂</s>"):
+        ids = tokenizer.encode(text, bos=True, eos=True)
+        assert ids == pieces.encode(text, add_bos=True, add_eos=True) and tokenizer.decode(ids) == text
+        assert {1, 2}.isdisjoint(ids[1:-1])  # special tokens stand at the ends only
 
 
 def test_tokenizer_streams(vocabulary):

@@ -224,8 +224,38 @@ def test_recipes_are_the_papers():
             second = ["--second", "s"] if variant == "dinov2-fusion" else []
             argv = ["--recipe", recipe, "--variant", variant, "--weights", "w", "--language", "l", "--data", "a", "b", *second]
             o = train_vlm.parse(argv)
-            assert (o.epochs, o.batch, o.lr, o.warmup, o.weight_decay, o.clip) == (2, 128, 2e-5, 0.03, 0.1, 1.0)
+            assert (o.epochs, o.batch, o.lr, o.pretrained_lr, o.warmup) == (2, 128, 2e-5, 1.0, 0.03)
+            assert (o.weight_decay, o.clip) == (0.1, 1.0)
             assert (o.max_text, o.template) == (2048, "llama")
+
+
+@pytest.mark.parametrize("variant, names", [
+    ("aligned-decoder", {"head", "decoder.blocks", "decoder.norm", "decoder.pos_embed"}), ("aligned-truncated", {"blocks", "norm"}),
+    ("aligned-mlp", set()),
+])  # fmt: skip
+def test_pretrained_layers_of_the_adapter_have_their_own_rate(variant: str, names: set[str], parts: Path, tmp_path: Path):
+    r = train_vlm.Run(train_vlm.parse(flags(parts, tmp_path, "--variant", variant, "--pretrained-lr", 0.25, "--warmup", 0)))
+    r.train_update([data.collate_conversations([r.source[0, 0]])[0]])
+    rates = {p: group["lr"] for group in r.optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(r.trained) and set(rates.values()) <= {1e-3, 0.25e-3}
+    slow = {name for name, p in r.trained.items() if rates[p] == 0.25e-3}
+    assert slow == {name for name in r.trained if any(name.startswith(f"adapter.{part}") for part in names)}
+    assert all(any(name.startswith(f"adapter.{part}") for name in slow) for part in names)
+
+
+def test_first_weights_of_the_demo(parts: Path, tmp_path: Path, monkeypatch):
+    """A language model from scratch that hears single tokens, and an adapter that shows the image at once."""
+    monkeypatch.setattr(train_vlm, "DEMO_LANGUAGE", replace(TINY_LANGUAGE, hidden_size=128, intermediate_size=256))
+    argv = f"--weights {parts / 'aligned.safetensors'} --out {tmp_path} --scenes 16 --batch 8 --workers 0"
+    model = train_vlm.Run(train_vlm.parse(argv.split())).vlm
+    sizes = {"embed_tokens": 1.0, "lm_head": 128**-0.5, "q_proj": 128**-0.5, "v_proj": 3 * 128**-0.5, "o_proj": 3 * 128**-0.5}
+    for part, size in sizes.items():
+        found = [p for name, p in model.language.named_parameters() if part in name]
+        assert found and all(p.std().item() == pytest.approx(size, rel=0.05) for p in found)
+    aligned = maskembed.load(parts / "aligned.safetensors")
+    assert torch.equal(model.adapter.head.weight, aligned.head.weight)
+    last = model.adapter.decoder.head
+    assert last.weight.std().item() == pytest.approx(last.in_features**-0.5, rel=0.1) and not last.bias.any()
 
 
 def test_learning_rate():
