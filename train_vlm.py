@@ -77,7 +77,7 @@ RECIPES: dict[str, dict[str, object]] = {
     "clip-vit-l-336": PAPER,
     "siglip-so400m-384": PAPER,
     "own": PAPER,
-    # A small language model from scratch learns at a higher rate, which would undo the aligned decoder, in small batches.
+    # A small language model from scratch learns in small batches at a high rate, which would undo the aligned decoder.
     "demo": PAPER | {"epochs": 1, "batch": 16, "lr": 1.5e-3, "pretrained_lr": 0.1},
 }
 DEMO_LANGUAGE = LlamaConfig(
@@ -122,7 +122,7 @@ class Options:
     updates: int | None = option(None, "end the schedule after at most so many updates", least=1)
     batch: int | None = option(None, "conversations per update, over all processes", least=1)
     lr: float | None = option(None, "peak learning rate", least=0, free=True)
-    pretrained_lr: float | None = option(None, "the share of it that the adapter's pre-trained layers get", least=0, free=True)
+    pretrained_lr: float | None = option(None, "the share of --lr that the adapter's pre-trained layers get", least=0, free=True)
     warmup: float | None = option(None, "the share of the updates in which the rate rises", least=0)
     weight_decay: float | None = option(None, "AdamW, not on biases and norms", least=0)
     clip: float | None = option(None, "largest norm of the gradient", least=1e-9, free=True)

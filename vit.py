@@ -509,7 +509,7 @@ def cpu_has_bf16() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for reuse: on a CPU, fresh pages for each activation cost 5% of an update."""
+    """Let the C library keep freed memory for reuse: on a CPU, fresh pages for each activation cost 5 to 10% of an update."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not glibc
