@@ -762,10 +762,10 @@ class Scene:
     @property
     def conversations(self) -> list[dict]:
         """Questions with true answers, as rows of a LLaVA conversation file; "kind" is caption, count, color, refer,
-        relation or presence (one yes, one no). What the scene does not allow is left out: the color of a shape that
-        occurs twice, the relation of things that lie too close."""
+        relation, presence (one yes, one no), list or tally. What the scene does not allow is left out: the color of a
+        shape that occurs twice, the relation of things that lie too close."""
         rng, rows = generator("questions", *self.key), []
-        for ask in (_about, _relation, _presence):
+        for ask in (_about, _relation, _presence, _lists):
             for kind, question, answer in ask(self.objects, rng):
                 turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
                 identity = f"{self.name}-{len(rows)}"
@@ -877,8 +877,12 @@ def _one(items: Sequence, rng: np.random.Generator):
     return items[int(rng.integers(len(items)))]
 
 
+def _from_left(objects: list[Object]) -> list[Object]:
+    return sorted(objects, key=lambda o: o.box[0] + o.box[2])
+
+
 def _about(objects: list[Object], rng: np.random.Generator) -> Rows:
-    nouns = [_noun(o.color, o.shape, "a") for o in sorted(objects, key=lambda o: o.box[0] + o.box[2])]
+    nouns = [_noun(o.color, o.shape, "a") for o in _from_left(objects)]
     yield "caption", "Describe the image.", f"From left to right: {', '.join(nouns[:-1])} and {nouns[-1]}."
 
     thing = _one(objects, rng)
@@ -922,6 +926,15 @@ def _presence(objects: list[Object], rng: np.random.Generator) -> Rows:
         yield "presence", f"Is there {_noun(*kind, 'a')} in the image?{SHORT}", answer
 
 
+def _lists(objects: list[Object], rng: np.random.Generator) -> Rows:
+    """Answers in which each word to be found out stands right behind the one that it is about."""
+    pairs = ", ".join(f"{o.shape} {o.color}" for o in _from_left(objects))
+    yield "list", "List the objects and their colors from left to right.", pairs
+    counts = [(word, _matching(objects, word, None)) for word in Scenes.COLORS]
+    counts += [(word, _matching(objects, None, word)) for word in Scenes.SHAPES]
+    yield "tally", "Count each color and shape.", ", ".join(f"{word} {count}" for word, count in counts)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Conversations about pictures (sections 5, D): LLaVA's files, or questions about the scenes
 
@@ -949,8 +962,9 @@ class Conversations(torch.utils.data.Dataset):
     files: their paths. image_root: a folder for all, or one for each. encode: messages -> ids and labels; prepare: a
     picture -> a tensor; both must be picklable, for data processes. workers: so many of these index the files.
 
-    `lengths` [n] is how many ids each row has, `has_image` [n] whether it has a picture. A row of length 0 cannot be
-    used, as `describe` explains; no batch has it. A picture that turns out to be missing or damaged makes the example
+    `lengths` [n] is how many ids each row has, `has_image` [n] whether it has a picture, `stage` [n] when in an epoch it
+    comes: a lower stage before a higher one; here all are 0. A row of length 0 cannot be used, as `describe` explains; no
+    batch has it. A picture that turns out to be missing or damaged makes the example
     `bad`. A file is read as a whole once; what that shows is kept beside it, or in the user's cache folder, for as long
     as neither the file nor what `encode` is made of changes.
 
@@ -975,6 +989,7 @@ class Conversations(torch.utils.data.Dataset):
     def _take(self, measures: np.ndarray) -> None:
         """Notes what is known of the rows, and checks that enough can be used."""
         self.lengths, self.has_image = measures["tokens"], measures["image"]
+        self.stage = np.zeros(len(measures), int)
         self.left_out = np.flatnonzero(self.lengths == 0)
         bad, count = len(self.left_out), len(self.lengths)
         if bad == count or bad > BadRows.LIMIT * count + BadRows.SPARE:
@@ -1021,28 +1036,44 @@ class Conversations(torch.utils.data.Dataset):
 
 
 class SceneConversations(Conversations):
-    """Conversations about `Scenes`, with the same interface, two about each: what is there, and what is where.
+    """Conversations about `Scenes`, with the same interface, three about each: what is there, lists, and what is where.
 
     Questions about a picture are joined as LLaVA-1.5 joins them: several in one conversation, how to answer said once.
     What is asked first must not give away what comes next, or that is learned and not to look. So "The red ring is above
     the blue bar." stands apart from questions for colors, and of the two questions for presence that `Scene` makes (one
     yes, one no) there is one. The order changes from epoch to epoch. `Scene.conversations` has each question alone.
+
+    Lists are for learning. To answer "What color is the ring?" takes two steps, from where the answer begins to the
+    question's noun and from there to the picture, and neither is of use, or learned, without the other. In "ring red"
+    there is one: the noun stands right before the answer. That is learned soon, and afterwards the other step is, so the
+    lists of the first scenes come before all else (`stage`).
     """
 
-    PARTS = (("presence", "count", "color"), 4), (("relation", "refer", "caption"), 1)  # kinds, and how often to draw them
+    # The kinds of question of each conversation, and how often each is drawn.
+    PARTS = (
+        {"presence": 4, "count": 4, "color": 4},
+        {"list": 1, "tally": 1},
+        {"relation": 1, "refer": 1, "caption": 1},
+    )  # fmt: skip
+    FIRST = 0.45  # the share of the scenes whose lists come first
 
     def __init__(self, scenes: Scenes, encode: Encode, prepare: Callable[[Image.Image], torch.Tensor], workers: int = 0):
         self.scenes, self.encode, self.prepare = scenes, encode, prepare
-        self._take(_measure(2 * len(scenes), self.row, encode, workers))
+        self._take(_measure(len(self.PARTS) * len(scenes), self.row, encode, workers))
+        scene, part = np.divmod(np.arange(len(self)), len(self.PARTS))
+        self.stage = np.where((part == 1) & (scene < self.FIRST * len(scenes)), 0, 1)
 
     def name(self, index: int) -> str:
         """What a scene is called."""
-        return self.scenes.name(index // 2)
+        return self.scenes.name(index // len(self.PARTS))
 
     def row(self, index: int, epoch: int = 0) -> dict:
         """A row about a scene, with its picture."""
-        scene, (kinds, draws) = self.scenes[index // 2], self.PARTS[index % 2]
-        asked = list({q: a for draw in range(draws) for q, a in self.ask(scene, kinds, draw)}.items())  # each once
+        scene, part = self.scenes[index // len(self.PARTS)], self.PARTS[index % len(self.PARTS)]
+        answers: dict[str, str] = {}  # by question: each once
+        for draw in range(max(part.values())):
+            answers |= self.ask(scene, [kind for kind, draws in part.items() if draw < draws], draw)
+        asked = list(answers.items())
         order, turns = generator("turns", self.scenes.seed, epoch, index).permutation(len(asked)), []
         for question, answer in (asked[i] for i in order):
             if turns:  # the image and the way to answer are given once
@@ -1192,6 +1223,7 @@ class ConversationBatches(Batches):
 
     In each epoch a random order of either kind is cut into pools of 50 global batches; a pool is sorted by length and
     cut into its batches; the batches of all pools are shuffled. What is left of a kind and fills no batch is dropped.
+    So it is done for each of the source's stages, one after the other.
     """
 
     POOL = 50
@@ -1200,21 +1232,26 @@ class ConversationBatches(Batches):
                  micro_batch: int | None = None, start_update: int = 0, updates: int | None = None):
         usable, pictures = source.lengths > 0, source.has_image
         self.lengths, self.world = source.lengths, world
-        self.kinds = [np.flatnonzero(usable & pictures), np.flatnonzero(usable & ~pictures)]
-        whole = sum(len(kind) // global_batch for kind in self.kinds) * global_batch
+        self.stages = [[np.flatnonzero(usable & (source.stage == stage) & kind) for kind in (pictures, ~pictures)]
+                       for stage in np.unique(source.stage)]
+        whole = sum(len(kind) // global_batch for kinds in self.stages for kind in kinds) * global_batch
         if not whole:
-            raise DataError(f"{len(self.kinds[0])} conversations about images and {len(self.kinds[1])} without: neither "
-                            f"fills a global batch of {global_batch}, use a smaller one")
+            counts = np.sum([[len(kind) for kind in kinds] for kinds in self.stages], axis=0)
+            raise DataError(f"{counts[0]} conversations about images and {counts[1]} without: neither fills a global batch "
+                            f"of {global_batch}, use a smaller one")
         super().__init__(whole, global_batch, epochs, seed, rank, world, micro_batch, start_update, updates)
 
     def order(self, epoch: int) -> torch.Tensor:
         """The rows of an epoch, batch after batch, int64 [count]."""
-        rng, batches, size = generator("conversations", self.seed, epoch), [], self.global_batch
-        for kind in self.kinds:
-            order = rng.permutation(kind)[: len(kind) // size * size]
-            for pool in np.split(order, range(self.POOL * size, len(order), self.POOL * size)):
-                batches.append(pool[np.argsort(self.lengths[pool], kind="stable")].reshape(-1, size))
-        batches = rng.permutation(np.concatenate(batches))  # [updates, global batch]
+        rng, stages, size = generator("conversations", self.seed, epoch), [], self.global_batch
+        for kinds in self.stages:
+            batches = []
+            for kind in kinds:
+                order = rng.permutation(kind)[: len(kind) // size * size]
+                for pool in np.split(order, range(self.POOL * size, len(order), self.POOL * size)):
+                    batches.append(pool[np.argsort(self.lengths[pool], kind="stable")].reshape(-1, size))
+            stages.append(rng.permutation(np.concatenate(batches)))
+        batches = np.concatenate(stages)  # [updates, global batch]
         # the shortest rows go to the first micro-batch of every rank, so that ranks have equal work at each moment
         return torch.from_numpy(batches).view(len(batches), -1, self.world, self.micro_batch).transpose(1, 2).flatten()
 

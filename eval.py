@@ -67,6 +67,11 @@ class Item:
     prompt: str = ""
     choices: Sequence[str] = ()
 
+    @property
+    def source(self) -> str | int:
+        """What tells its image from others."""
+        return id(self.image) if isinstance(self.image, Image.Image) else str(self.image)
+
     def picture(self) -> Image.Image:
         """The image. EvalError if it cannot be read."""
         try:
@@ -555,7 +560,9 @@ def ask(run: Run, name: str, items: list[Item], out: Path, size: int) -> dict[st
     with bar, part, ThreadPoolExecutor(4) as readers:
         part.write("\n" + json.dumps({"settings": settings}) + "\n")  # a new line: the last one may be unfinished
         for batch in mine:
-            pictures, prompts = list(readers.map(Item.picture, batch)), [item.prompt for item in batch]
+            distinct = {item.source: item for item in batch}  # an image with several questions is read, and seen, once
+            opened = dict(zip(distinct, readers.map(Item.picture, distinct.values())))
+            pictures, prompts = [opened[item.source] for item in batch], [item.prompt for item in batch]
             try:
                 if benchmark.kind == "choice":
                     answers = run.model.score(pictures, prompts, [item.choices for item in batch])

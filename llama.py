@@ -158,6 +158,9 @@ class Cache:
         self.mask = torch.zeros(batch, size, dtype=torch.bool, device=device)
         self.place = torch.zeros(1, dtype=torch.long, device=device)
         self.size, self.used = size, 0
+        if self.place.is_cuda and "torch._dynamo" in sys.modules:  # a compiled step, as a CUDA graph, writes where they lie
+            for tensor in (*self.k, *self.v, self.mask, self.place):
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
     def reserve(self, tokens: int) -> None:
         """Take the next places. `LlamaError` if there are not so many left."""
@@ -421,7 +424,7 @@ class Llama(nn.Module):
         """One more token of each sequence: ids [B, 1] -> logits [B, W]. The caller has reserved its place.
 
         Nothing in it depends on how full the cache is, shapes least of all. To have it compiled once for all steps:
-        `model.decode = torch.compile(model.decode)`.
+        `model.decode = torch.compile(model.decode)`, on a GPU with mode="reduce-overhead" as a CUDA graph.
         """
         x = self.embed(ids)
         return self.head(self.run(x, self.share(x, None, cache, fresh=False, causal=False)))[:, 0]

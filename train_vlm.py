@@ -113,7 +113,7 @@ class Options:
                                      "if not given, that of each file", free=True)  # fmt: skip
     template: str = option("llama", "what is written around questions and answers", choices=tuple(vlm.TEMPLATES))
     max_text: int = option(2048, "text is cut at so many tokens", least=2)
-    scenes: int = option(14000, "how many built-in scenes make an epoch", least=1)
+    scenes: int = option(9300, "how many built-in scenes make an epoch", least=1)
     val_scenes: int = option(300, "ask about so many scenes at the end", least=1, free=True)
     out: str = option("runs/vlm", "where everything is written", free=True)
     resume: str | None = option(None, "continue from --out's newest checkpoint, or from the folder given", free=True)

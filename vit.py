@@ -174,16 +174,18 @@ def softcap_attention_flex(q: Tensor, k: Tensor, v: Tensor, softcap: float) -> T
     def cap(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
-    # inside a compiled model it is compiled with it
-    flex_attention = _flex_attention(compiled=not torch.compiler.is_compiling())
-    return flex_attention(q, k, v, score_mod=cap)
+    from torch.nn.attention.flex_attention import flex_attention  # a slow import, and needed on CUDA only
+
+    if torch.compiler.is_compiling():  # inside a compiled model it is compiled with it
+        return flex_attention(q, k, v, score_mod=cap)
+    return _compiled(flex_attention)(q, k, v, score_mod=cap)
 
 
 @functools.cache
-def _flex_attention(compiled: bool) -> Callable:
-    from torch.nn.attention.flex_attention import flex_attention  # a slow import, and needed on CUDA only
-
-    return torch.compile(flex_attention) if compiled else flex_attention
+def _compiled(flex_attention: Callable) -> Callable:
+    """A kernel for each cap, each shape and for training or not: beyond the limit it would fall back to the plain formula."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 class TiledAttention(torch.autograd.Function):

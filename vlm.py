@@ -388,7 +388,7 @@ class VLM(nn.Module):
             # exchanges with each other, and no parameter is without a gradient.
             nothing = self.see(ids.new_zeros(1, 3, *2 * [self.config.vision.image_size], dtype=torch.uint8))
             return self.language.loss(self.language.embed(ids), labels, reduction="sum") + 0 * nothing.float().sum()
-        embeds, mask = self.join(ids, torch.ones_like(ids), images, rows)
+        embeds, mask = self.join(ids, torch.ones_like(ids), self.see(images), rows)
         labels = insert(labels, labels.new_full((len(ids), self.config.image_tokens), IGNORE))
         if rows is not None:  # all padding to the right, where attention needs no mask
             embeds, labels = align(mask, False, embeds, labels)
@@ -409,14 +409,15 @@ class VLM(nn.Module):
         x = backbone(vit.normalize(images, backbone.config).to(backbone.patch_embed.proj.weight.dtype))
         return x if self.config.prefix else x[:, backbone.config.num_prefix :]
 
-    def join(self, ids: Tensor, mask: Tensor, images: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def join(self, ids: Tensor, mask: Tensor, image: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """Embeddings [B, S, E] of <s>, M places for an image, and the text, and the mask [B, S].
 
-        ids, mask: [B, T], <s> in the first column. Examples without an image have padding in its places.
+        ids, mask: [B, T], <s> in the first column. image: the image tokens [B', M, E] of the examples `rows` (see
+        `forward`). Examples without an image have padding in its places.
         """
         x, B, M = self.language.embed(ids), len(ids), self.config.image_tokens
         rows = torch.arange(B, device=ids.device) if rows is None else rows
-        image = x.new_zeros(B, M, x.shape[-1]).index_copy(0, rows, self.see(images).to(x.dtype))
+        image = x.new_zeros(B, M, x.shape[-1]).index_copy(0, rows, image.to(x.dtype))
         return insert(x, image), insert(mask, mask.new_zeros(B, M).index_fill(0, rows, 1))
 
     # Answers
@@ -508,8 +509,10 @@ class VLM(nn.Module):
         ids, mask = (tensor.to(device) for tensor in Tokenizer.pad(texts, left=False))
         rows = [i for i, image in enumerate(images) if image is not None]
         if rows:
-            pixels = torch.stack([self.prepare(images[i]) for i in rows]).to(device)
-            embeds, mask = self.join(ids, mask, pixels, torch.tensor(rows, device=device))
+            distinct = {id(images[i]): images[i] for i in rows}  # an image that several prompts share is seen once
+            tokens = self.see(torch.stack([self.prepare(image) for image in distinct.values()]).to(device))
+            which = [list(distinct).index(id(images[i])) for i in rows]
+            embeds, mask = self.join(ids, mask, tokens[which], torch.tensor(rows, device=device))
         else:
             embeds = self.language.embed(ids)
         embeds, mask = align(mask, True, embeds, mask)

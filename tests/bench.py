@@ -139,20 +139,20 @@ def vit_b16() -> vit.ViTConfig:
     return vit.BACKBONES["in1k-vit-b"]
 
 
-def our_update(folder: str, precision: str, *flags: str) -> Callable[[], object]:
-    """train_align.py's own update of ViT-B/16 @224 on 8 images with 3 views, random weights."""
+def our_update(folder: str, precision: str, *flags: str, images: int = 8) -> Callable[[], object]:
+    """train_align.py's own update of ViT-B/16 @224 on so many images with 3 views, random weights."""
     weights = os.path.join(folder, "vit-b.safetensors")
     if not os.path.exists(weights):
         torch.manual_seed(0)
         vit.save(vit.ViT(vit_b16()), weights)
-    argv = f"--weights {weights} --out {folder} --scenes 8 --batch 8 --precision {precision}".split()
+    argv = f"--weights {weights} --out {folder} --scenes {images} --batch {images} --precision {precision}".split()
     run = train_align.Run(train_align.parse([*argv, *flags]))
     run.updates = 10**6
-    pixels = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (images, 3, 224, 224), dtype=torch.uint8)
     return lambda: run.train_update([pixels])
 
 
-def timm_update(precision: str) -> Callable[[], object]:
+def timm_update(precision: str, device: str = "cpu", images: int = 8) -> Callable[[], object]:
     """The same update written with timm's modules, as the method's authors have it."""
     import timm
     from timm.models.vision_transformer import Attention, Block
@@ -176,19 +176,22 @@ def timm_update(precision: str) -> Callable[[], object]:
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
     blocks = [Block(768, 12, qkv_bias=True, init_values=1e-6, norm_layer=norm) for _ in range(2)]
     decoder = nn.Sequential(*blocks, norm(768), nn.Linear(768, 768))
-    positions = nn.Parameter(torch.randn(1, 197, 768) * 0.02)
+    positions = torch.randn(1, 197, 768) * 0.02
+    for module in (teacher, encoder, head, decoder):
+        module.to(device)
+    positions = nn.Parameter(positions.to(device))
     parameters = [*encoder.parameters(), *head.parameters(), *decoder.parameters(), positions]
     optimizer = torch.optim.AdamW(parameters, 3e-4, (0.9, 0.95), weight_decay=0.01, fused=True)
-    images, u = torch.randn(8, 3, 224, 224), torch.rand(8, 197)
+    pixels, u = torch.randn(images, 3, 224, 224, device=device), torch.rand(images, 197, device=device)
     mask = (u[:, 1:] > u[:, :1]).float()
     mask = torch.stack([mask, 1 - mask, torch.ones_like(mask)], 1)  # [B, V, N]
 
     def step():
-        visible = F.interpolate(mask.view(8, 3, 14, 14), scale_factor=16)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        visible = F.interpolate(mask.view(images, 3, 14, 14), scale_factor=16)
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             with torch.no_grad():
-                target = teacher.forward_features((images[:, None] * visible[:, :, None]).flatten(0, 1))
-            tokens = head(encoder.forward_features(images))
+                target = teacher.forward_features((pixels[:, None] * visible[:, :, None]).flatten(0, 1))
+            tokens = head(encoder.forward_features(pixels))
             tokens = (tokens[:, None] * F.pad(mask, (1, 0))[..., None]).flatten(0, 1)
             prediction = decoder(tokens + positions)
             loss = F.mse_loss(prediction.float(), target.float())
@@ -376,13 +379,17 @@ def llama_100m() -> llama.LlamaConfig:
     return llama.LlamaConfig(hidden_size=640, intermediate_size=1728, num_hidden_layers=12, num_attention_heads=10)
 
 
-def both_llamas(dtype: torch.dtype = torch.float32) -> tuple[llama.Llama, nn.Module]:
-    """The same weights in our model and in transformers' LlamaForCausalLM."""
+def both_llamas(
+    dtype: torch.dtype = torch.float32, config: llama.LlamaConfig | None = None, device: str = "cpu"
+) -> tuple[llama.Llama, nn.Module]:
+    """The same weights in our model, of 100 million parameters unless a config is given, and in transformers' LlamaForCausalLM."""
     import transformers
 
     torch.manual_seed(0)
-    ours = llama.Llama(llama_100m()).to(dtype)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_100m().to_transformers())).to(dtype)
+    config = config or llama_100m()
+    with torch.device(device):
+        ours = llama.Llama(config).to(dtype)
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_transformers())).to(dtype)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -556,6 +563,104 @@ def locality() -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+def on_gpu(function: Callable[[], object]) -> tuple[Callable[[], object], float]:
+    """The function, which now waits for the GPU to end, and the memory it takes there above what is held, in MiB."""
+
+    def waiting() -> None:
+        function()
+        torch.cuda.synchronize()
+
+    waiting()  # compiles, and allocates what stays
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    waiting()
+    return waiting, (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def gpu_softcap() -> list[str]:
+    """Soft-capped attention, forward and backward, 16 x 729 tokens, 16 heads of 72, bfloat16, against its definition."""
+    q, k, v = (torch.randn(16, 16, 729, 72, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    gradient = torch.randn_like(q)
+    ways = {"definition": vit.softcap_attention_plain, "ours": vit.attention, "uncapped, fused": vit.attention}
+    functions, memory = {}, {}
+    for name, way in ways.items():
+        cap = None if name.startswith("uncapped") else 30.0
+        step = lambda way=way, cap=cap: torch.autograd.grad(way(q, k, v, cap), (q, k, v), gradient)
+        functions[name], memory[name] = on_gpu(step)
+    median = interleave(functions, 20)
+    return [
+        f"softcap {name}: {took * 1e3:.2f} ms, {took / median['definition']:.2f} of the definition's time; "
+        f"{memory[name]:.0f} MiB, {memory[name] / memory['definition']:.2f} of its memory"
+        for name, took in median.items()
+    ]
+
+
+def gpu_update() -> list[str]:
+    """A whole update of ViT-B/16 @224, 64 images, 3 views, bf16, 16.1 TFLOP, against the rate of a matrix product."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    with tempfile.TemporaryDirectory() as folder:
+        updates = {"ours": our_update(folder, "bf16", images=64), "ours --compile": our_update(folder, "bf16", "--compile", images=64)}
+        if importlib.util.find_spec("timm"):
+            updates["timm's modules"] = timm_update("bf16", "cuda", images=64)
+        functions, memory = {"product": on_gpu(lambda: [a @ b for _ in range(8)])[0]}, {}
+        for name, step in updates.items():
+            functions[name], memory[name] = on_gpu(step)
+        median = interleave(functions, 10)
+    rate = 8 * 2 * 8192**3 / median.pop("product")
+    return [f"update bf16, {name}: {64 / took:.0f} images/s, {8 * 2.01e12 / took / rate:.0%} of the product's {rate / 1e12:.0f} TFLOP/s; "
+            f"extra memory {memory[name] / 1024:.1f} GiB" for name, took in median.items()]
+
+
+def gpu_training() -> list[str]:
+    """`training` on a GPU, of 1.2 billion parameters (20 layers of width 2048), in bf16 autocast."""
+    config = llama.LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=20, num_attention_heads=16)
+    ours, theirs = both_llamas(config=config, device="cuda")
+    embeds = torch.randn(8, 648, 2048, device="cuda") * 0.02
+    labels = torch.full((8, 648), -100, device="cuda")
+    labels[:, -12:] = torch.randint(0, 32000, (8, 12), device="cuda")
+
+    def step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss().backward()
+        model.zero_grad(set_to_none=False)
+
+    functions, memory = {}, {}
+    losses = {"ours": lambda: ours.loss(embeds, labels), "theirs": lambda: theirs(inputs_embeds=embeds, labels=labels).loss}
+    for name, model in (("ours", ours), ("theirs", theirs)):
+        functions[name], memory[name] = on_gpu(lambda model=model, name=name: step(model, losses[name]))
+    took = interleave(functions, 10)
+    return [f"training step bf16: {took['ours'] * 1e3:.0f} ms, transformers {took['theirs'] * 1e3:.0f} ms = {took['theirs'] / took['ours']:.2f} "
+            f"times that; extra memory {memory['ours']:.0f} MiB, {memory['ours'] / memory['theirs']:.2f} of its"]
+
+
+def gpu_generation() -> list[str]:
+    """64 tokens of Llama 2 7B's shape after prompts of 640, greedily, bf16, eager and with the step compiled; reading the
+    weights alone is 64 times their size over the rate of a copy."""
+    ours, theirs = both_llamas(torch.bfloat16, llama.LlamaConfig(), "cuda")
+    weights, source = sum(p.nbytes for p in ours.parameters()), torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    rows, target, step = [], torch.empty_like(source), torch.compile(ours.decode, mode="reduce-overhead")
+    for batch in (1, 8):
+        ids = torch.randint(3, 32000, (batch, 640), device="cuda")
+        how = dict(max_new_tokens=64, min_new_tokens=64, do_sample=False, attention_mask=torch.ones_like(ids), pad_token_id=0)
+
+        def compiled() -> None:
+            ours.decode = step
+            ours.generate(ids, max_new_tokens=64, stop=None)
+            del ours.decode
+
+        functions = {"ours": lambda: ours.generate(ids, max_new_tokens=64, stop=None), "ours, compiled": compiled,
+                     "theirs": lambda: theirs.generate(ids, **how), "copy": lambda: target.copy_(source)}
+        took = interleave({name: on_gpu(function)[0] for name, function in functions.items()}, 5)
+        floor = 64 * weights * took["copy"] / (2 * source.nbytes)
+        rows.append(f"generation 7B bf16, batch {batch}: {took['ours']:.2f} s, compiled {took['ours, compiled']:.2f} s, transformers {took['theirs']:.2f} s "
+                    f"= {took['theirs'] / took['ours']:.2f} and {took['theirs'] / took['ours, compiled']:.2f} times that; reading the weights alone {floor:.2f} s")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 SUITES: dict[str, list[Callable[[], list[str]]]] = {
     "align": [softcap, update, load, data, index],
@@ -563,6 +668,7 @@ SUITES: dict[str, list[Callable[[], list[str]]]] = {
     "locality": [locality],
     "vlm": [training, generation, load_llama, scoring],
     "eval": [answering],
+    "gpu": [gpu_softcap, gpu_update, gpu_training, gpu_generation],
 }
 
 

@@ -253,6 +253,22 @@ def test_batches_have_one_modality_and_similar_lengths(mixed: data.Conversations
     assert not torch.equal(batches.order(0), data.ConversationBatches(mixed, 16, 2, 1).order(0))
 
 
+def test_stages_come_one_after_the_other(mixed: data.Conversations):
+    """Each in batches of its own; one stage alone changes nothing."""
+    whole = data.ConversationBatches(mixed, 16, 2, 0).order(0)
+    mixed.stage[:] = 7
+    assert torch.equal(data.ConversationBatches(mixed, 16, 2, 0).order(0), whole)
+    mixed.stage = np.where(np.arange(600) % 5 == 0, 1, 4)
+    order = data.ConversationBatches(mixed, 16, 2, 0).order(0).view(-1, 16).numpy()
+    stages, with_image = mixed.stage[order], mixed.has_image[order]
+    counts = [(mixed.has_image[mixed.stage == stage].sum(), (~mixed.has_image[mixed.stage == stage]).sum()) for stage in (1, 4)]
+    early, late = [sum(int(count) // 16 for count in pair) for pair in counts]
+    assert stages[:, 0].tolist() == [1] * early + [4] * late and (stages == stages[:, :1]).all()
+    assert (with_image.all(1) | ~with_image.any(1)).all() and len(set(order.ravel())) == order.size
+    mixed.stage = np.where(np.arange(600) < 3, 0, 1)  # too few for a batch
+    assert data.ConversationBatches(mixed, 16, 2, 0).order(0).min() >= 3
+
+
 def test_batches_do_not_depend_on_ranks_and_micro_batches(mixed: data.Conversations):
     """Each update has the same rows on any machine; ranks have micro-batches of similar lengths at the same time."""
 
@@ -302,14 +318,13 @@ def test_collation(mixed: data.Conversations):
 
 
 def test_scenes_as_conversations():
-    """Two conversations about a scene ask its questions, drawn several times, each once, in another order each epoch;
-    the same in any worker."""
+    """Three conversations about a scene ask its questions, drawn several times, each once, in another order each epoch."""
     scenes = data.Scenes(12, seed=3)
     source = data.SceneConversations(scenes, encode, prepare)
-    assert len(source) == 24 and source.has_image.all() and len(source.left_out) == 0
-    for index in (10, 11):
-        kinds, draws = source.PARTS[index % 2]
-        drawn = [row for draw in range(draws) for row in replace(scenes[5], key=(3, 5, draw)).conversations]
+    assert len(source) == 36 and source.has_image.all() and len(source.left_out) == 0
+    for index in (15, 16, 17):
+        kinds = source.PARTS[index % 3]
+        drawn = [row for draw in range(max(kinds.values())) for row in replace(scenes[5], key=(3, 5, draw)).conversations]
         answers = {}  # by the question as it is asked after the first
         for row in drawn:
             question, answer = (turn["value"] for turn in row["conversations"])
@@ -318,7 +333,7 @@ def test_scenes_as_conversations():
         for epoch in (0, 0, 1, 2):
             turns = source.row(index, epoch)["conversations"]
             assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
-            assert turns[0]["value"].startswith("<image>\n") and turns[0]["value"].endswith(data.SHORT) == (index % 2 == 0)
+            assert turns[0]["value"].startswith("<image>\n") and turns[0]["value"].endswith(data.SHORT) == (index == 15)
             turns[0]["value"] = turns[0]["value"].removeprefix("<image>\n").removesuffix(data.SHORT)
             pairs.append([(q["value"], a["value"]) for q, a in zip(turns[::2], turns[1::2])])
             assert all(answers[q][1] == a and answers[q][0] in kinds for q, a in pairs[-1])
@@ -330,6 +345,13 @@ def test_scenes_as_conversations():
         assert all(answers[question][0] == "presence" for question in missing) and (len(missing) > 0) == ("presence" in kinds)
         assert torch.equal(source[0, index].image, prepare(scenes[5].image))
         assert source.lengths[index] == len(encode(source.row(index)["conversations"])[0])
+
+
+def test_lists_of_the_first_scenes_come_first():
+    source = data.SceneConversations(data.Scenes(40, seed=3), encode, prepare)
+    order = data.ConversationBatches(source, 6, 1, 0).order(0).tolist()
+    assert sorted(order[:18]) == [3 * scene + 1 for scene in range(18)]  # 45% of 40
+    assert len(set(order)) == 120 and {index % 3 for index in order[18:]} == {0, 1, 2}
 
 
 def test_presence_in_scene_conversations():

@@ -704,7 +704,7 @@ def test_conversation_rows():
             kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
         json.dumps(rows)
     assert kinds["caption"] == kinds["count"] == kinds["refer"] == 400 and kinds["presence"] == 800
-    assert kinds["color"] > 350 and kinds["relation"] > 350
+    assert kinds["color"] > 350 and kinds["relation"] > 350 and kinds["list"] == kinds["tally"] == 400
 
 
 def test_captions_name_everything_from_left_to_right():
@@ -728,6 +728,17 @@ def test_counts_and_colors_are_true():
     for scene, question, answer in questions("color"):
         (thing,) = things(scene, question.removeprefix("What color is the ").split("?")[0])
         assert answer == thing.color
+
+
+def test_lists_are_true():
+    for scene, _, answer in questions("list"):
+        pairs = [tuple(pair.split()) for pair in answer.split(", ")]
+        expected = sorted(scene.objects, key=lambda o: o.box[0] + o.box[2])
+        assert pairs == [(o.shape, o.color) for o in expected]
+    for scene, _, answer in questions("tally"):
+        counts = {word: int(count) for word, count in (pair.split() for pair in answer.split(", "))}
+        assert list(counts) == [*Scenes.COLORS, *Scenes.SHAPES]
+        assert all(count == len(things(scene, word)) for word, count in counts.items())
 
 
 def test_relations_are_as_stated():

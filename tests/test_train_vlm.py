@@ -159,7 +159,7 @@ def test_the_demo_ends_with_answers(parts: Path, tmp_path: Path, capfd, monkeypa
     run(*base, "--out", tmp_path / "demo", "--precision", "fp32", "--workers", 1)
     printed = capfd.readouterr()
     assert "trainer" not in printed.err and "sentencepiece" not in printed.err
-    for kind in ("caption", "color", "count", "presence", "refer", "relation"):
+    for kind in ("caption", "color", "count", "list", "presence", "refer", "relation", "tally"):
         assert f"| {kind} |" in printed.out
     assert printed.out.count("    truth ") == 6 and "next            python eval.py" in printed.out
     rows = json.loads((tmp_path / "demo" / "answers.json").read_text())

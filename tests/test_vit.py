@@ -771,6 +771,6 @@ def test_flex_attention_is_the_definition(monkeypatch):
     """What CUDA runs compiled, here uncompiled: the same score function, forward only."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    monkeypatch.setattr(vit, "_flex_attention", lambda compiled: flex_attention)
+    monkeypatch.setattr(vit, "_compiled", lambda flex_attention: flex_attention)
     q, k, v = (3 * torch.randn(2, 2, 33, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
     assert error(vit.softcap_attention_flex(q, k, v, 5.0), vit.softcap_attention_plain(q, k, v, 5.0)) < 1e-5

@@ -479,6 +479,22 @@ def test_generate_in_a_batch_alone_and_uncached(tokenizer, monkeypatch, adapter,
 
 
 @torch.no_grad()
+def test_an_image_of_several_prompts_is_seen_once(tokenizer, monkeypatch):
+    """And each prompt has its own: shared ones in any order, with prompts that have none between them."""
+    model, images = tiny(tokenizer, "mlp", False), [image for image in pictures() if image][:2]
+    seen, see = [], model.see
+    monkeypatch.setattr(model, "see", lambda pixels: seen.append(len(pixels)) or see(pixels))
+    order = [1, 0, None, 1, 0, 0, 1]
+    images = [None if i is None else images[i] for i in order]
+    choices = [["deep", "blue"]] * 7
+    together = model.generate(images, QUESTIONS, 20), model.score(images, QUESTIONS, choices)
+    assert seen == [2, 2]
+    alone = [model.generate([image], [prompt], 20)[0] for image, prompt in zip(images, QUESTIONS)]
+    scores = [model.score([image], [prompt], choices[:1])[0] for image, prompt in zip(images, QUESTIONS)]
+    assert together[0] == alone and np.allclose(together[1], scores, atol=1e-5)
+
+
+@torch.no_grad()
 def test_generate_near_the_end_of_the_context(tokenizer, monkeypatch):
     """A batch whose longest prompt nearly fills the context gives the shorter ones as much room as they have alone."""
     model, images = tiny(tokenizer, max_position_embeddings=64), pictures()
