@@ -161,7 +161,7 @@ def test_the_demo_ends_with_answers(parts: Path, tmp_path: Path, capfd, monkeypa
     assert "trainer" not in printed.err and "sentencepiece" not in printed.err
     for kind in ("caption", "color", "count", "list", "presence", "refer", "relation", "tally"):
         assert f"| {kind} |" in printed.out
-    assert printed.out.count("    truth ") == 6 and "next            python eval.py" in printed.out
+    assert printed.out.count("    truth ") == 8 and "next            python eval.py" in printed.out
     rows = json.loads((tmp_path / "demo" / "answers.json").read_text())
     asked = [row for i in range(10) for row in data.Scenes(10, 10**6, 32)[i].conversations]
     assert len(rows) == len(asked) and {row["truth"] for row in rows} == {row["conversations"][1]["value"] for row in asked}
