@@ -964,9 +964,9 @@ class Conversations(torch.utils.data.Dataset):
 
     `lengths` [n] is how many ids each row has, `has_image` [n] whether it has a picture, `stage` [n] when in an epoch it
     comes: a lower stage before a higher one; here all are 0. A row of length 0 cannot be used, as `describe` explains; no
-    batch has it. A picture that turns out to be missing or damaged makes the example
-    `bad`. A file is read as a whole once; what that shows is kept beside it, or in the user's cache folder, for as long
-    as neither the file nor what `encode` is made of changes.
+    batch has it. A picture that turns out to be missing or damaged makes the example `bad`. A file is read as a whole
+    once; what that shows is kept beside it, or in the user's cache folder, for as long as neither the file nor what
+    `encode` is made of changes.
 
     Raises DataError for a file that is missing, empty or no JSON, and when more than 1% of the rows cannot be used.
     """
@@ -1043,25 +1043,28 @@ class SceneConversations(Conversations):
     the blue bar." stands apart from questions for colors, and of the two questions for presence that `Scene` makes (one
     yes, one no) there is one. The order changes from epoch to epoch. `Scene.conversations` has each question alone.
 
-    Lists are for learning. To answer "What color is the ring?" takes two steps, from where the answer begins to the
-    question's noun and from there to the picture, and neither is of use, or learned, without the other. In "ring red"
-    there is one: the noun stands right before the answer. That is learned soon, and afterwards the other step is, so the
-    lists of the first scenes come before all else (`stage`).
+    Lists and tallies are for learning. To answer "What color is the ring?" takes two steps, from where the answer begins
+    to the question's noun and from there to the picture, and neither is of use, or learned, without the other. In "ring
+    red" there is one: the noun stands right before the answer. That is learned soon, and afterwards the other step is, so
+    the lists of the first scenes come before all else (`stage`); a run that ends within 15% of an epoch sees nothing else.
+    The two share a conversation though each tells some of the other: whichever comes first, in random order, must be
+    looked up, and that suffices here.
     """
 
-    # The kinds of question of each conversation, and how often each is drawn.
+    # The kinds of question of each conversation, and how often they are drawn.
     PARTS = (
-        {"presence": 4, "count": 4, "color": 4},
-        {"list": 1, "tally": 1},
-        {"relation": 1, "refer": 1, "caption": 1},
-    )  # fmt: skip
+        (("presence", "count", "color"), 4),
+        (LISTS := ("list", "tally"), 1),
+        (("relation", "refer", "caption"), 1),
+    )
     FIRST = 0.45  # the share of the scenes whose lists come first
 
     def __init__(self, scenes: Scenes, encode: Encode, prepare: Callable[[Image.Image], torch.Tensor], workers: int = 0):
         self.scenes, self.encode, self.prepare = scenes, encode, prepare
         self._take(_measure(len(self.PARTS) * len(scenes), self.row, encode, workers))
         scene, part = np.divmod(np.arange(len(self)), len(self.PARTS))
-        self.stage = np.where((part == 1) & (scene < self.FIRST * len(scenes)), 0, 1)
+        lists = [kinds for kinds, _ in self.PARTS].index(self.LISTS)
+        self.stage = np.where((part == lists) & (scene < self.FIRST * len(scenes)), 0, 1)
 
     def name(self, index: int) -> str:
         """What a scene is called."""
@@ -1069,10 +1072,10 @@ class SceneConversations(Conversations):
 
     def row(self, index: int, epoch: int = 0) -> dict:
         """A row about a scene, with its picture."""
-        scene, part = self.scenes[index // len(self.PARTS)], self.PARTS[index % len(self.PARTS)]
+        scene, (kinds, draws) = self.scenes[index // len(self.PARTS)], self.PARTS[index % len(self.PARTS)]
         answers: dict[str, str] = {}  # by question: each once
-        for draw in range(max(part.values())):
-            answers |= self.ask(scene, [kind for kind, draws in part.items() if draw < draws], draw)
+        for draw in range(draws):
+            answers |= self.ask(scene, kinds, draw)
         asked = list(answers.items())
         order, turns = generator("turns", self.scenes.seed, epoch, index).permutation(len(asked)), []
         for question, answer in (asked[i] for i in order):
@@ -1222,8 +1225,8 @@ class ConversationBatches(Batches):
     """`Batches` of `Conversations`: each global batch has either pictures in all its rows or in none, and similar lengths.
 
     In each epoch a random order of either kind is cut into pools of 50 global batches; a pool is sorted by length and
-    cut into its batches; the batches of all pools are shuffled. What is left of a kind and fills no batch is dropped.
-    So it is done for each of the source's stages, one after the other.
+    cut into its batches; the batches of all pools are shuffled. So it is done for each of the source's stages, one after
+    the other. What is left of a kind in a stage and fills no batch is dropped.
     """
 
     POOL = 50
@@ -1237,8 +1240,9 @@ class ConversationBatches(Batches):
         whole = sum(len(kind) // global_batch for kinds in self.stages for kind in kinds) * global_batch
         if not whole:
             counts = np.sum([[len(kind) for kind in kinds] for kinds in self.stages], axis=0)
+            stages = " in any stage" if len(self.stages) > 1 else ""
             raise DataError(f"{counts[0]} conversations about images and {counts[1]} without: neither fills a global batch "
-                            f"of {global_batch}, use a smaller one")
+                            f"of {global_batch}{stages}, use a smaller one")
         super().__init__(whole, global_batch, epochs, seed, rank, world, micro_batch, start_update, updates)
 
     def order(self, epoch: int) -> torch.Tensor:

@@ -68,7 +68,7 @@ class Item:
     choices: Sequence[str] = ()
 
     @property
-    def source(self) -> str | int:
+    def image_key(self) -> str | int:
         """What tells its image from others."""
         return id(self.image) if isinstance(self.image, Image.Image) else str(self.image)
 
@@ -560,9 +560,9 @@ def ask(run: Run, name: str, items: list[Item], out: Path, size: int) -> dict[st
     with bar, part, ThreadPoolExecutor(4) as readers:
         part.write("\n" + json.dumps({"settings": settings}) + "\n")  # a new line: the last one may be unfinished
         for batch in mine:
-            distinct = {item.source: item for item in batch}  # an image with several questions is read, and seen, once
+            distinct = {item.image_key: item for item in batch}  # a batch reads, and the model sees, each image once
             opened = dict(zip(distinct, readers.map(Item.picture, distinct.values())))
-            pictures, prompts = [opened[item.source] for item in batch], [item.prompt for item in batch]
+            pictures, prompts = [opened[item.image_key] for item in batch], [item.prompt for item in batch]
             try:
                 if benchmark.kind == "choice":
                     answers = run.model.score(pictures, prompts, [item.choices for item in batch])

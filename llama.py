@@ -424,7 +424,8 @@ class Llama(nn.Module):
         """One more token of each sequence: ids [B, 1] -> logits [B, W]. The caller has reserved its place.
 
         Nothing in it depends on how full the cache is, shapes least of all. To have it compiled once for all steps:
-        `model.decode = torch.compile(model.decode)`, on a GPU with mode="reduce-overhead" as a CUDA graph.
+        `model.decode = torch.compile(model.decode)`, on a GPU with mode="reduce-overhead" as a CUDA graph, which is recorded
+        anew in each `generate`, whose cache is a new one.
         """
         x = self.embed(ids)
         return self.head(self.run(x, self.share(x, None, cache, fresh=False, causal=False)))[:, 0]

@@ -360,7 +360,7 @@ class Run:
         if self.student.decoder:
             self.student.decoder.checkpointing = o.checkpointing
         if o.compile:  # one code for all blocks, compiled anew for each model, batch size and gradient mode
-            torch._dynamo.config.recompile_limit = 64
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
             for model in (self.teacher, self.student):
                 for block in [b for b in model.modules() if isinstance(b, vit.Block)]:
                     block.compile(dynamic=False)

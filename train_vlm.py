@@ -723,7 +723,7 @@ def report(rows: list[dict[str, object]]) -> str:
     lines, table = [], ["", "| kind of question | number | right |", "| --- | --- | --- |"]
     for number, kind in enumerate(sorted({row["kind"] for row in rows})):
         of_kind = [row for row in rows if row["kind"] == kind]
-        row = of_kind[number]  # each of another picture
+        row = of_kind[number % len(of_kind)]  # of another picture each time, where there are enough
         lines += [f"{row['image']}: {row['question'].splitlines()[0]}", f"    answer {row['answer']}", f"    truth  {row['truth']}"]
         table.append(f"| {kind} | {len(of_kind)} | {sum(row['right'] for row in of_kind) / len(of_kind):.1%} |")
     return "\n".join(lines + table)

@@ -183,7 +183,8 @@ def softcap_attention_flex(q: Tensor, k: Tensor, v: Tensor, softcap: float) -> T
 
 @functools.cache
 def _compiled(flex_attention: Callable) -> Callable:
-    """A kernel for each cap, each shape and for training or not: beyond the limit it would fall back to the plain formula."""
+    """The compiled function. It has a kernel for each cap, each shape, and for training or not; if they were more than the
+    limit, the plain formula would run."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention, dynamic=False)
 

@@ -494,6 +494,7 @@ class VLM(nn.Module):
 
     def read(self, images: Images, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
         """Embeddings [B, S, E] of prompts with their images, padded on the left, and the mask [B, S]."""
+        images = list(images)  # each taken out once, so that the same one is the same object
         if len(images) != len(prompts):
             raise VLMError(f"{len(images)} images for {len(prompts)} prompts; give one, or None, for each")
         context, M = self.config.language.max_position_embeddings, self.config.image_tokens
@@ -511,7 +512,8 @@ class VLM(nn.Module):
         if rows:
             distinct = {id(images[i]): images[i] for i in rows}  # an image that several prompts share is seen once
             tokens = self.see(torch.stack([self.prepare(image) for image in distinct.values()]).to(device))
-            which = [list(distinct).index(id(images[i])) for i in rows]
+            number = {key: n for n, key in enumerate(distinct)}
+            which = [number[id(images[i])] for i in rows]
             embeds, mask = self.join(ids, mask, tokens[which], torch.tensor(rows, device=device))
         else:
             embeds = self.language.embed(ids)

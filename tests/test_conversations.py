@@ -323,8 +323,8 @@ def test_scenes_as_conversations():
     source = data.SceneConversations(scenes, encode, prepare)
     assert len(source) == 36 and source.has_image.all() and len(source.left_out) == 0
     for index in (15, 16, 17):
-        kinds = source.PARTS[index % 3]
-        drawn = [row for draw in range(max(kinds.values())) for row in replace(scenes[5], key=(3, 5, draw)).conversations]
+        kinds, draws = source.PARTS[index % 3]
+        drawn = [row for draw in range(draws) for row in replace(scenes[5], key=(3, 5, draw)).conversations]
         answers = {}  # by the question as it is asked after the first
         for row in drawn:
             question, answer = (turn["value"] for turn in row["conversations"])
@@ -352,6 +352,9 @@ def test_lists_of_the_first_scenes_come_first():
     order = data.ConversationBatches(source, 6, 1, 0).order(0).tolist()
     assert sorted(order[:18]) == [3 * scene + 1 for scene in range(18)]  # 45% of 40
     assert len(set(order)) == 120 and {index % 3 for index in order[18:]} == {0, 1, 2}
+    few = data.SceneConversations(data.Scenes(6, seed=3), encode, prepare)  # 3 lists first, and 15 more
+    with pytest.raises(data.DataError, match="18 conversations about images and 0 without: neither fills a global batch of 16 in any stage"):
+        data.ConversationBatches(few, 16, 1, 0)
 
 
 def test_presence_in_scene_conversations():
