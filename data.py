@@ -1051,10 +1051,11 @@ class SceneConversations(Conversations):
     looked up, and that suffices here.
     """
 
+    LISTS = ("list", "tally")
     # The kinds of question of each conversation, and how often they are drawn.
     PARTS = (
         (("presence", "count", "color"), 4),
-        (LISTS := ("list", "tally"), 1),
+        (LISTS, 1),
         (("relation", "refer", "caption"), 1),
     )
     FIRST = 0.45  # the share of the scenes whose lists come first

@@ -435,6 +435,16 @@ def test_a_question_is_asked_once_in_batches_of_about_one_length(model: Path, tm
     assert lengths == sorted(lengths, reverse=True) and {len(batch) for batch in oracle.batches[:-1]} == {5}
 
 
+def test_a_batch_reads_an_image_once(files: Path, model: Path, tmp_path: Path, monkeypatch):
+    """Its questions share what was read."""
+    oracle, ask, read, shared = stand_in(monkeypatch, "gqa", root=files), Oracle.ask, [], []
+    picture = Item.picture
+    monkeypatch.setattr(Item, "picture", lambda item: read.append(item.image) or picture(item))
+    monkeypatch.setattr(Oracle, "ask", lambda self, images, prompts: shared.append(len(set(map(id, images)))) or ask(self, images, prompts))
+    run(model, "--data", files, "--benchmarks", "gqa", "--out", tmp_path / "out")
+    assert [len(batch) for batch in oracle.batches] == [2] and len(read) == 1 and shared == [1]
+
+
 def test_a_finished_benchmark_is_not_asked_again(model: Path, tmp_path: Path, monkeypatch, capsys):
     oracle = stand_in(monkeypatch, *SCENE_TASKS)
     run(model, "--benchmarks", "scenes-color", "--out", tmp_path / "out")

@@ -163,8 +163,7 @@ def test_the_demo_ends_with_answers(parts: Path, tmp_path: Path, capfd, monkeypa
         assert f"| {kind} |" in printed.out
     assert printed.out.count("    truth ") == 8 and "next            python eval.py" in printed.out
     rows = json.loads((tmp_path / "demo" / "answers.json").read_text())
-    assert train_vlm.report(rows[:1]).count("    truth ") == 1  # of each kind there may be one question alone
-    short = [row for row in rows if row["image"] == rows[0]["image"]]
+    short = [row for row in rows if row["image"] == rows[0]["image"]]  # one question alone of most kinds
     assert train_vlm.report(short).count("    truth ") == len({row["kind"] for row in short})
     asked = [row for i in range(10) for row in data.Scenes(10, 10**6, 32)[i].conversations]
     assert len(rows) == len(asked) and {row["truth"] for row in rows} == {row["conversations"][1]["value"] for row in asked}

@@ -12,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -492,6 +493,15 @@ def test_an_image_of_several_prompts_is_seen_once(tokenizer, monkeypatch):
     alone = [model.generate([image], [prompt], 20)[0] for image, prompt in zip(images, QUESTIONS)]
     scores = [model.score([image], [prompt], choices[:1])[0] for image, prompt in zip(images, QUESTIONS)]
     assert together[0] == alone and np.allclose(together[1], scores, atol=1e-5)
+
+    class Fresh(list):  # as a data set that opens its images when they are asked for
+        def __getitem__(self, i: int) -> Image.Image | None:
+            return super().__getitem__(i) and super().__getitem__(i).copy()
+
+        def __iter__(self) -> Iterator[Image.Image | None]:
+            return (self[i] for i in range(len(self)))
+
+    assert model.generate(Fresh(images), QUESTIONS, 20) == alone
 
 
 @torch.no_grad()
