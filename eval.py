@@ -537,9 +537,17 @@ def known_answers(out: Path, name: str, settings: dict) -> dict[str, Answer]:
 
 
 def batches_of(items: list[Item], size: int) -> list[list[Item]]:
-    """Batches of questions of about one length. They do not depend on what is answered already, nor on the number of
-    processes, so that rounding, which depends on what shares a batch, is the same in any case."""
-    order = sorted(items, key=lambda item: -len(item.prompt))  # the longest first: memory that runs out does so at once
+    """Batches in which an image's questions stand together, since the model reads it once for all of them, and images with
+    long questions come first: memory that runs out does so at once.
+
+    They do not depend on what is answered already, nor on the number of processes, so that rounding, which depends on what
+    shares a batch, is the same in any case.
+    """
+    longest: dict[str | int, int] = {}  # of an image's questions
+    for item in items:
+        longest[item.image_key] = max(longest.get(item.image_key, 0), len(item.prompt))
+    place = {key: n for n, key in enumerate(longest)}
+    order = sorted(items, key=lambda item: (-longest[item.image_key], place[item.image_key]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 

@@ -152,12 +152,12 @@ class Cache:
     def __init__(
         self, config: LlamaConfig, batch: int, size: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ):
+        self.config, self.size, self.used = config, size, 0
         shape = (batch, config.kv_heads, size, config.head_size)  # zeros: what is masked must still be finite
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.mask = torch.zeros(batch, size, dtype=torch.bool, device=device)
         self.place = torch.zeros(1, dtype=torch.long, device=device)
-        self.size, self.used = size, 0
         if self.place.is_cuda and "torch._dynamo" in sys.modules:  # a compiled step, as a CUDA graph, writes where they lie
             for tensor in (*self.k, *self.v, self.mask, self.place):
                 torch._dynamo.mark_static_address(tensor, guard=False)
@@ -169,6 +169,16 @@ class Cache:
                 f"{tokens} tokens more do not fit: {self.used} of {self.size} places are taken; make a larger cache"
             )
         self.used += tokens
+
+    def take(self, rows: Tensor, size: int) -> "Cache":
+        """A new cache of `size` places for sequences [B'] that each go on from one of these: `rows`, [B'], says from which."""
+        new = Cache(self.config, len(rows), size, self.k[0].dtype, self.place.device)
+        new.reserve(self.used)
+        new.place += self.used
+        for ours, theirs in zip((*new.k, *new.v), (*self.k, *self.v)):
+            ours[:, :, : self.used] = theirs[rows, :, : self.used]
+        new.mask[:, : self.used] = self.mask[rows, : self.used]
+        return new
 
 
 @dataclass
@@ -491,10 +501,12 @@ class Llama(nn.Module):
     def stream(
         self, ids: Tensor | None = None, embeds: Tensor | None = None, mask: Tensor | None = None,
         max_new_tokens: int = 256, temperature: float = 0.0, generator: torch.Generator | None = None,
-        stop: int | None = 2,
+        stop: int | None = 2, prefix: tuple[Cache, Tensor] | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Continue B prompts (see `forward`; pad them on the left): yields ids [B], one of each sequence at a time.
 
+        prefix: what was read before, once for prompts that share it: a cache, and which of its sequences each of the
+            prompts goes on from, [B]. The cache stays as it is.
         temperature: 0 takes the most likely word; else words are drawn from softmax(logits / temperature).
         stop: the id that ends a sequence (</s>), and goes on filling it; all ended: the end. None: never.
         max_new_tokens: at most so many, and never more than the context has room for.
@@ -502,14 +514,17 @@ class Llama(nn.Module):
         """
         x = self.embed(ids, embeds)
         (B, T, _), device = x.shape, x.device
-        context = self.config.max_position_embeddings
-        n = min(max_new_tokens, context - T)
-        if T >= context:
-            raise LlamaError(f"a prompt of {T} tokens leaves no room in the context of {context}; shorten it")
+        context, total = self.config.max_position_embeddings, T + (prefix[0].used if prefix else 0)
+        n = min(max_new_tokens, context - total)
+        if total >= context:
+            raise LlamaError(f"a prompt of {total} tokens leaves no room in the context of {context}; shorten it")
         if n < 1:
             raise LlamaError(f"max_new_tokens is {max_new_tokens}; ask for at least one")
-        size = math.ceil((T + n) / 64) * 64  # few different sizes, for a compiled step
-        cache = Cache(self.config, B, size, self.model.embed_tokens.weight.dtype, device)
+        size = math.ceil((total + n) / 64) * 64  # few different sizes, for a compiled step
+        if prefix:
+            cache = prefix[0].take(prefix[1], size)
+        else:
+            cache = Cache(self.config, B, size, self.model.embed_tokens.weight.dtype, device)
         last = torch.full((B, 1), T - 1, device=device)
         if mask is not None:
             last = (mask.bool() * torch.arange(T, device=device)).amax(1, keepdim=True)

@@ -434,11 +434,11 @@ class VLM(nn.Module):
         """
         if not prompts:
             return []
-        embeds, mask = self.read(images, prompts)
+        embeds, mask, prefix = self.read(images, prompts)
         options = dict(max_new_tokens=max_new_tokens, temperature=temperature, generator=generator)
-        texts = self.language.generate(embeds=embeds, mask=mask, stop=self.tokenizer.eos, **options)
+        texts = self.language.generate(embeds=embeds, mask=mask, stop=self.tokenizer.eos, prefix=prefix, **options)
         answers = [self.tokenizer.decode(text).strip() for text in texts]
-        room = self.config.language.max_position_embeddings - embeds.shape[1]
+        room = self.config.language.max_position_embeddings - embeds.shape[1] - (prefix[0].used if prefix else 0)
         for i, text in enumerate(texts):
             if len(text) == room < max_new_tokens and len(texts) > 1:  # the context ended it, behind the longest prompt
                 answers[i] = self.generate([images[i]], [prompts[i]], **options)[0]
@@ -450,7 +450,7 @@ class VLM(nn.Module):
     ) -> Iterator[str]:  # fmt: skip
         """The answer to one prompt in pieces, as they come. Arguments: see `generate`."""
         with torch.no_grad():
-            embeds, mask = self.read([image], [prompt])
+            embeds, mask, _ = self.read([image], [prompt])
         steps = self.language.stream(
             embeds=embeds, mask=mask, max_new_tokens=max_new_tokens, temperature=temperature, generator=generator,
             stop=self.tokenizer.eos,
@@ -471,9 +471,10 @@ class VLM(nn.Module):
         firsts = [self.first_tokens(options) for options in choices]
         if not prompts:
             return []
-        embeds, mask = self.read(images, prompts)
+        embeds, mask, prefix = self.read(images, prompts)
+        cache = prefix and prefix[0].take(prefix[1], prefix[0].used + embeds.shape[1])
         last = torch.full((len(prompts), 1), embeds.shape[1] - 1, device=embeds.device)
-        logits = self.language(embeds=embeds, mask=mask, positions=last)[:, 0].float().cpu()  # [B, W]
+        logits = self.language(embeds=embeds, mask=mask, cache=cache, positions=last)[:, 0].float().cpu()  # [B, W]
         return [row[first].softmax(0).tolist() for row, first in zip(logits, firsts)]
 
     def first_tokens(self, choices: Sequence[str]) -> list[int]:
@@ -492,8 +493,15 @@ class VLM(nn.Module):
             raise VLMError("a prompt has no choices; give at least one")
         return list(ids)
 
-    def read(self, images: Images, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, S, E] of prompts with their images, padded on the left, and the mask [B, S]."""
+    def read(
+        self, images: Images, prompts: Sequence[Prompt]
+    ) -> tuple[Tensor, Tensor, tuple[llama.Cache, Tensor] | None]:
+        """Embeddings [B, S, E] of prompts with their images, padded on the left, the mask [B, S], and a prefix.
+
+        An image that several prompts have (the same object) is seen once. Where there are two prompts or more for each, the
+        language model, too, reads it once: it and <s> are the prefix then, see `Llama.stream`, and the embeddings are the
+        text alone.
+        """
         images = list(images)  # each taken out once, so that the same one is the same object
         if len(images) != len(prompts):
             raise VLMError(f"{len(images)} images for {len(prompts)} prompts; give one, or None, for each")
@@ -507,18 +515,29 @@ class VLM(nn.Module):
                     f"which leaves no room for an answer in the context of {context}; shorten it"
                 )
         device = self.language.model.embed_tokens.weight.device
-        ids, mask = (tensor.to(device) for tensor in Tokenizer.pad(texts, left=False))
-        rows = [i for i, image in enumerate(images) if image is not None]
-        if rows:
-            distinct = {id(images[i]): images[i] for i in rows}  # an image that several prompts share is seen once
-            tokens = self.see(torch.stack([self.prepare(image) for image in distinct.values()]).to(device))
-            number = {key: n for n, key in enumerate(distinct)}
-            which = [number[id(images[i])] for i in rows]
-            embeds, mask = self.join(ids, mask, tokens[which], torch.tensor(rows, device=device))
-        else:
-            embeds = self.language.embed(ids)
+        distinct = {id(image): image for image in images}
+        number = {key: n for n, key in enumerate(distinct)}
+        which = torch.tensor([number[id(image)] for image in images], device=device)  # [B], of the D distinct ones
+        begins, seen = self.begin(list(distinct.values()), device)
+        ids, mask = (tensor.to(device) for tensor in Tokenizer.pad([text[1:] for text in texts]))
+        text = self.language.embed(ids)
+        longest, shortest = max(map(len, texts)), min(map(len, texts))
+        if 2 * len(distinct) <= len(images) and M + longest == max(lengths) and shortest > 1:  # no row gets longer by it
+            cache = llama.Cache(self.config.language, len(distinct), begins.shape[1], begins.dtype, device)
+            self.language.hidden(begins, seen, cache)
+            return text, mask, (cache, which)
+        embeds, mask = torch.cat([begins[which], text], 1), torch.cat([seen[which], mask], 1)
         embeds, mask = align(mask, True, embeds, mask)
-        return embeds[:, -max(lengths) :], mask[:, -max(lengths) :]  # columns of padding alone are left out
+        return embeds[:, -max(lengths) :], mask[:, -max(lengths) :], None  # without columns of padding alone
+
+    def begin(self, images: Images, device: torch.device) -> tuple[Tensor, Tensor]:
+        """<s> and an image: embeddings [D, 1 + M, E] and mask, with padding for None; [D, 1, E] if there is no image."""
+        ids = torch.full((len(images), 1), self.tokenizer.bos, device=device)
+        rows = [i for i, image in enumerate(images) if image is not None]
+        if not rows:
+            return self.language.embed(ids), torch.ones_like(ids)
+        tokens = self.see(torch.stack([self.prepare(images[i]) for i in rows]).to(device))
+        return self.join(ids, torch.ones_like(ids), tokens, torch.tensor(rows, device=device))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """<s> and the prompt in its template, up to where the answer begins."""

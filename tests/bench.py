@@ -460,18 +460,18 @@ def load_llama() -> list[str]:
     return [f"load   {row}" for row in load_peak(WRITE_LLAMA, LOAD_LLAMA, "llama")]
 
 
-def demo_questions(kinds: set[str], count: int = 64) -> tuple[vlm.VLM, list[Image.Image], list[str], list[str]]:
-    """The demo's model (after `python train_vlm.py`), and images, questions and answers about scenes."""
+def demo_questions(kinds: set[str], count: int = 64) -> tuple[vlm.VLM, list[Image.Image], list[str]]:
+    """The demo's model (after `python train_vlm.py`), and images and questions about scenes, those about one scene together, as in eval.py."""
     model, rows, scenes = vlm.load(ROOT / "runs" / "vlm" / "model", pack=True), [], pictures.Scenes(200, 4_000_037)
     for i in range(200):
         scene = scenes[i]
-        rows += [(scene.image, *(turn["value"] for turn in row["conversations"])) for row in scene.conversations if row["kind"] in kinds]
+        rows += [(scene.image, row["conversations"][0]["value"]) for row in scene.conversations if row["kind"] in kinds]
     return model, *map(list, zip(*rows[:count]))
 
 
 def scoring() -> list[str]:
     """64 multiple-choice questions about scenes, in batches or one at a time, with the demo's model."""
-    model, images, questions, _ = demo_questions({"relation", "presence"})
+    model, images, questions = demo_questions({"relation", "presence"})
     choices = [["True", "False"] if "True" in question else ["Yes", "No"] for question in questions]
     functions = {
         "batches": lambda: [row for i in (0, 32) for row in model.score(images[i : i + 32], questions[i : i + 32], choices[i : i + 32])],
@@ -485,9 +485,7 @@ def scoring() -> list[str]:
 
 def answering() -> list[str]:
     """64 questions about scenes answered in text, in batches or one at a time, with the demo's model."""
-    model, images, questions, _ = demo_questions({"count", "color", "refer"})
-    order = sorted(range(64), key=lambda i: len(questions[i]))  # as eval.py does, questions of one length together
-    images, questions = [images[i] for i in order], [questions[i] for i in order]
+    model, images, questions = demo_questions({"count", "color", "refer"})
     functions = {
         "batches": lambda: [answer for i in (0, 32) for answer in model.generate(images[i : i + 32], questions[i : i + 32])],
         "single": lambda: [model.generate([image], [question])[0] for image, question in zip(images, questions)],

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -426,13 +426,18 @@ def test_a_benchmark_is_answered_and_scored(name: str, files: Path, model: Path,
     assert all(f"| {title} | {row['questions']} | {100 * row['score']:.2f} |" in table for title, row in result["rows"].items())
 
 
-def test_a_question_is_asked_once_in_batches_of_about_one_length(model: Path, tmp_path: Path, monkeypatch):
+def test_a_question_is_asked_once_beside_those_about_its_image(model: Path, tmp_path: Path, monkeypatch):
+    """And images with long questions come first."""
     oracle = stand_in(monkeypatch, "scenes-presence")
     run(model, "--benchmarks", "scenes-presence", "--out", tmp_path / "out", "--batch", 5)
     items = evaluation.questions("scenes-presence", None, None)
-    lengths = [len(prompt) for batch in oracle.batches for prompt in batch]
     assert sorted(chain(*oracle.batches)) == sorted(item.prompt for item in items)
-    assert lengths == sorted(lengths, reverse=True) and {len(batch) for batch in oracle.batches[:-1]} == {5}
+    assert {len(batch) for batch in oracle.batches[:-1]} == {5}
+    asked = [item for batch in evaluation.batches_of(items[::2] + items[1::2], 5) for item in batch]  # an image's are apart
+    images = [list(group) for _, group in groupby(asked, key=lambda item: item.image_key)]
+    assert len(images) == len({item.image_key for item in items}) < len(items)
+    longest = [max(len(item.prompt) for item in group) for group in images]
+    assert longest == sorted(longest, reverse=True) and len(set(longest)) > 1
 
 
 def test_a_batch_reads_an_image_once(files: Path, model: Path, tmp_path: Path, monkeypatch):

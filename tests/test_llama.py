@@ -350,6 +350,33 @@ def test_greedy_is_argmax_of_all_logits():
         ids = torch.cat([ids, torch.tensor([[token]])], 1)
 
 
+@torch.no_grad()
+def test_prompts_that_share_a_prefix():
+    """It is read once, with or without padding in it; each continues it as if it had read the whole, and it can be used again."""
+    model, texts = tiny(), [text[:4] for text in prompts()]
+    starts, which = [[1, 7, 9], [1], [1, 4]], torch.tensor([2, 0, 1, 0, 0, 1, 2][: len(texts)])
+    whole = [starts[i] + text for i, text in zip(which, texts)]
+    alone = [model.generate(torch.tensor([text]), max_new_tokens=12, stop=None)[0] for text in whole]
+    cache = llama.Cache(TINY, 3, 3, torch.float32)
+    ids, mask = llama.Tokenizer.pad(starts, left=False)
+    model(ids, mask=mask, cache=cache)
+    kept = [tensor.clone() for tensor in (*cache.k, *cache.v, cache.mask, cache.place)]
+    ids, mask = llama.Tokenizer.pad(texts)
+    for _ in range(2):
+        assert model.generate(ids, mask=mask, max_new_tokens=12, stop=None, prefix=(cache, which)) == alone
+    assert cache.used == 3 and all(map(torch.equal, kept, (*cache.k, *cache.v, cache.mask, cache.place)))
+    taken = cache.take(which, 9)
+    logits = model(ids, mask=mask, cache=taken, positions=torch.full((len(texts), 1), ids.shape[1] - 1))
+    for i, text in enumerate(whole):
+        assert error(logits[i, 0], model(torch.tensor([text]))[0, -1]) < 1e-5
+    with pytest.raises(LlamaError, match="do not fit"):
+        cache.take(which, 2)
+    room = TINY.max_position_embeddings - 3
+    with pytest.raises(LlamaError, match=f"a prompt of {room + 3} tokens leaves no room"):
+        model.generate(torch.full((1, room), 5), prefix=(cache, which[:1]))
+    assert len(model.generate(torch.full((1, room - 1), 5), stop=None, prefix=(cache, which[:1]))[0]) == 1
+
+
 def test_stop_fills_and_ends():
     model = tiny()
     ids, mask = llama.Tokenizer.pad(prompts())

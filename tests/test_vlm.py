@@ -480,19 +480,35 @@ def test_generate_in_a_batch_alone_and_uncached(tokenizer, monkeypatch, adapter,
 
 
 @torch.no_grad()
-def test_an_image_of_several_prompts_is_seen_once(tokenizer, monkeypatch):
-    """And each prompt has its own: shared ones in any order, with prompts that have none between them."""
-    model, images = tiny(tokenizer, "mlp", False), [image for image in pictures() if image][:2]
-    seen, see = [], model.see
+def test_an_image_of_several_prompts_is_read_once(tokenizer, monkeypatch):
+    """By the backbone always, by the language model where it is worth it, and each prompt has its own: shared ones in any
+    order, with prompts that have none between them."""
+    model, images = tiny(tokenizer, "mlp", False), [image for image in pictures() if image][:3]
+    seen, see, prefilled, hidden = [], model.see, [], model.language.hidden
     monkeypatch.setattr(model, "see", lambda pixels: seen.append(len(pixels)) or see(pixels))
-    order = [1, 0, None, 1, 0, 0, 1]
-    images = [None if i is None else images[i] for i in order]
+    monkeypatch.setattr(model.language, "hidden", lambda x, *rest: prefilled.append(tuple(x.shape[:2])) or hidden(x, *rest))
     choices = [["deep", "blue"]] * 7
-    together = model.generate(images, QUESTIONS, 20), model.score(images, QUESTIONS, choices)
-    assert seen == [2, 2]
+    M, lengths = model.config.image_tokens, [len(model.prompt_ids(question)) for question in QUESTIONS]
+    for order, shared in (
+        ([1, 0, None, 1, 0, 0, 1], True),
+        ([0] * 7, True),
+        ([1, 0, None, 1, None, 0, 1], False),  # the longest text has no image: with places for one it might not fit
+        ([1, 0, 2, 1, 0, None, 1], False),  # too few for each
+        ([None] * 7, False),
+    ):
+        seen.clear(), prefilled.clear()
+        several = [None if i is None else images[i] for i in order]
+        together = model.generate(several, QUESTIONS, 20), model.score(several, QUESTIONS, choices)
+        count = len(set(order) - {None})
+        assert seen == [count, count] * (count > 0)
+        whole = max(length + M * (i is not None) for i, length in zip(order, lengths))
+        assert prefilled == 2 * ([(len(set(order)), 1 + M), (7, max(lengths) - 1)] if shared else [(7, whole)])
+        alone = [model.generate([image], [prompt], 20)[0] for image, prompt in zip(several, QUESTIONS)]
+        scores = [model.score([image], [prompt], choices[:1])[0] for image, prompt in zip(several, QUESTIONS)]
+        assert together[0] == alone and np.allclose(together[1], scores, atol=1e-5)
+
+    images = [images[0], images[1], None, images[1], images[0], images[0], images[1]]
     alone = [model.generate([image], [prompt], 20)[0] for image, prompt in zip(images, QUESTIONS)]
-    scores = [model.score([image], [prompt], choices[:1])[0] for image, prompt in zip(images, QUESTIONS)]
-    assert together[0] == alone and np.allclose(together[1], scores, atol=1e-5)
 
     class Fresh(list):  # as a data set that opens its images when they are asked for
         def __getitem__(self, i: int) -> Image.Image | None:
@@ -513,6 +529,21 @@ def test_generate_near_the_end_of_the_context(tokenizer, monkeypatch):
     together = model.generate(images, QUESTIONS, 50)
     assert together == [model.generate([image], [prompt], 50)[0] for image, prompt in zip(images, QUESTIONS)]
     assert len({len(json.loads(ids)) for ids in together}) > 2
+
+
+@torch.no_grad()
+def test_prompts_about_one_image(tokenizer, monkeypatch):
+    """Near the end of the context, and where a prompt is <s> alone, as an empty template makes it."""
+    model, image = tiny(tokenizer, max_position_embeddings=64), pictures()[0]
+    monkeypatch.setattr(tokenizer, "eos", -1)
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: str(list(ids)))
+    together = model.generate([image] * 7, QUESTIONS, 50)
+    assert together == [model.generate([image], [prompt], 50)[0] for prompt in QUESTIONS]
+    assert len({len(json.loads(ids)) for ids in together}) > 2
+    model.config = replace(model.config, template=vlm.Template(question="{question}"))
+    for prompts in (["", "What is it?", "the"], [""] * 3):
+        alone = [model.generate([image], [prompt], 8)[0] for prompt in prompts]
+        assert model.generate([image] * 3, prompts, 8) == alone
 
 
 @torch.no_grad()
