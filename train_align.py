@@ -347,9 +347,11 @@ class Run:
 
         if m.world > 1 and m.rank > 0:
             dist.barrier()  # the first process indexes the folder, the others read its index
-        self.train_source, val_source = sources(o, self.config.image_size)
-        if m.world > 1 and m.rank == 0:
-            dist.barrier()
+        try:
+            self.train_source, val_source = sources(o, self.config.image_size)
+        finally:  # what is wrong with the folder, the others find as well
+            if m.world > 1 and m.rank == 0:
+                dist.barrier()
         self.validation = ValidationImages(val_source, self.config, o.val_images)
         self.micro = o.micro_batch or micro_batch(o.batch // m.world, pairs=o.mix is not None)
         plan = self.batches(0)
@@ -588,6 +590,10 @@ class Run:
                 link_atomically(path, folder / "best.pt")
             for old in checkpoints(folder)[:-2]:
                 old.unlink()
+        if self.machine.world > 1:
+            # Nobody leaves before it is written: gloo's threads let go of a sum's numbers a moment after it is there, and
+            # Python, when it ends meanwhile, aborts ("terminate called without an active exception").
+            dist.barrier()
 
     def load_checkpoint(self, path: Path) -> None:
         """Continue from a checkpoint; RunError when it is damaged or of another configuration."""

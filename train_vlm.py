@@ -414,10 +414,11 @@ class Run:
         roots = o.images or [os.path.dirname(os.path.abspath(file)) for file in o.data]
         if m.rank > 0:
             dist.barrier()
-        source = data.Conversations(o.data, roots, encode, prepare, m.workers)
-        if m.rank == 0:
-            dist.barrier()
-        return source
+        try:
+            return data.Conversations(o.data, roots, encode, prepare, m.workers)
+        finally:  # what is wrong with the files, the others find as well
+            if m.rank == 0:
+                dist.barrier()
 
     def batches(self, start: int) -> data.ConversationBatches:
         """The sampler of the run from an update on."""
@@ -581,8 +582,13 @@ class Run:
             if self.machine.rank == 0:
                 state[name] = value.cpu()
         path = Path(self.options.out) / "model"
-        if self.machine.rank == 0:
-            vlm.save(self.vlm, path, state)
+        try:
+            if self.machine.rank == 0:
+                vlm.save(self.vlm, path, state)
+        finally:
+            # Nobody leaves before the model is written: gloo's threads let go of what they gathered a moment after it is
+            # there, and Python, when it ends meanwhile, aborts ("terminate called without an active exception").
+            dist.barrier()
         return path
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -388,6 +389,24 @@ def test_wrong_input(weights: Path, tmp_path: Path, capsys):
     broken = [*base, "--epochs", 50]
     assert "images could not be read" in fails(capsys, *broken)
     assert not (tmp_path / "out" / "aligned.safetensors").exists()
+
+
+def test_every_process_says_what_is_wrong_with_the_data(weights: Path, tmp_path: Path):
+    """In one sentence, though the first reads the folder while the others wait for it."""
+    (tmp_path / "empty").mkdir()
+    popen = process(*flags(weights, tmp_path / "out", "--recipe", "own", "--data", tmp_path / "empty"), ranks=2)
+    _, said = popen.communicate()
+    assert popen.returncode == 1 and "no images in" in said
+    assert "train_align.py\", line" not in said  # no traceback of a process; torchrun adds one of its own
+
+
+def test_no_process_leaves_before_a_checkpoint_is_written(monkeypatch):
+    """Whatever ends the run afterwards, the processes wait for one another here."""
+    waited = []
+    monkeypatch.setattr(train_align.dist, "barrier", lambda: waited.append(True))
+    machine, unreadable = SimpleNamespace(rank=1, world=2, sum=lambda *values: values), SimpleNamespace(seen=8, count=0)
+    train_align.Run.save_checkpoint(SimpleNamespace(machine=machine, unreadable=unreadable))
+    assert waited == [True]
 
 
 def test_usage_errors_exit_with_2(weights: Path, capsys):

@@ -523,6 +523,32 @@ def test_checkpoints_that_cannot_be_continued(parts: Path, tmp_path: Path):
     assert len(losses(out)) == 10 and (out / "model" / "config.json").exists()
 
 
+def test_every_process_says_what_is_wrong_with_the_data(parts: Path, tmp_path: Path):
+    """In one sentence, though the first reads the files while the others wait for it."""
+    (tmp_path / "empty.json").write_text("[]")
+    popen = process(*flags(parts, tmp_path / "out", "--data", tmp_path / "empty.json"), ranks=2)
+    _, said = popen.communicate()
+    assert popen.returncode == 1 and "empty.json: holds no conversations" in said
+    assert "train_vlm.py\", line" not in said  # no traceback of a process; torchrun adds one of its own
+
+
+def test_no_process_leaves_before_the_model_is_written(parts: Path, tmp_path: Path, monkeypatch):
+    """With or without success: they wait for one another at the end."""
+    events, save, barrier = [], vlm.save, dist.barrier
+    monkeypatch.setattr(dist, "barrier", lambda: (events.append("barrier"), barrier()))
+    monkeypatch.setattr(vlm, "save", lambda *args: (events.append("save"), save(*args)))
+    run(*flags(parts, tmp_path / "whole", "--updates", 1))
+    assert events[-2:] == ["save", "barrier"]
+
+    def full(*_: object) -> None:
+        events.append("full")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(vlm, "save", full)
+    assert "No space left on device" in fails(*flags(parts, tmp_path / "full", "--updates", 1))
+    assert events[-2:] == ["full", "barrier"]
+
+
 def test_a_full_disk_loses_nothing(parts: Path, default: Path, tmp_path: Path, monkeypatch):
     real = train_vlm.HuggingFaceStorageWriter.write_data
 
