@@ -575,25 +575,27 @@ class Run:
     def save_checkpoint(self, best: bool = False) -> None:
         """Write checkpoints/update-N.pt whole or not at all; keep the last two, and best.pt beside them."""
         seen, unreadable = self.machine.sum(self.unreadable.seen, self.unreadable.count)
-        if self.machine.rank == 0:
-            folder = Path(self.options.out) / "checkpoints"
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"update-{self.update:08d}.pt"
-            state = {
-                "options": asdict(self.options), "images": len(self.train_source), "fingerprint": self.fingerprint,
-                "student": self.student.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "target_scale": self.student.target_scale, "unreadable": {"seen": int(seen), "count": int(unreadable)},
-                "random_state": torch.get_rng_state(), **{name: getattr(self, name) for name in COUNTED},
-            }  # fmt: skip
-            write_atomically(path, lambda temporary: torch.save(state, temporary))
-            if best:
-                link_atomically(path, folder / "best.pt")
-            for old in checkpoints(folder)[:-2]:
-                old.unlink()
-        if self.machine.world > 1:
-            # Nobody leaves before it is written: gloo's threads let go of a sum's numbers a moment after it is there, and
-            # Python, when it ends meanwhile, aborts ("terminate called without an active exception").
-            dist.barrier()
+        try:
+            if self.machine.rank == 0:
+                folder = Path(self.options.out) / "checkpoints"
+                folder.mkdir(parents=True, exist_ok=True)
+                path = folder / f"update-{self.update:08d}.pt"
+                state = {
+                    "options": asdict(self.options), "images": len(self.train_source), "fingerprint": self.fingerprint,
+                    "student": self.student.state_dict(), "optimizer": self.optimizer.state_dict(),
+                    "target_scale": self.student.target_scale, "unreadable": {"seen": int(seen), "count": int(unreadable)},
+                    "random_state": torch.get_rng_state(), **{name: getattr(self, name) for name in COUNTED},
+                }  # fmt: skip
+                write_atomically(path, lambda temporary: torch.save(state, temporary))
+                if best:
+                    link_atomically(path, folder / "best.pt")
+                for old in checkpoints(folder)[:-2]:
+                    old.unlink()
+        finally:
+            if self.machine.world > 1:
+                # Nobody leaves before it is written: gloo's threads let go of a sum's numbers a moment after it is there,
+                # and Python, when it ends meanwhile, aborts ("terminate called without an active exception").
+                dist.barrier()
 
     def load_checkpoint(self, path: Path) -> None:
         """Continue from a checkpoint; RunError when it is damaged or of another configuration."""

@@ -400,13 +400,19 @@ def test_every_process_says_what_is_wrong_with_the_data(weights: Path, tmp_path:
     assert "train_align.py\", line" not in said  # no traceback of a process; torchrun adds one of its own
 
 
-def test_no_process_leaves_before_a_checkpoint_is_written(monkeypatch):
-    """Whatever ends the run afterwards, the processes wait for one another here."""
+def test_no_process_leaves_before_a_checkpoint_is_written(tmp_path: Path, monkeypatch):
+    """Whatever ends the run afterwards, the processes wait for one another here, also where it cannot be written."""
     waited = []
     monkeypatch.setattr(train_align.dist, "barrier", lambda: waited.append(True))
-    machine, unreadable = SimpleNamespace(rank=1, world=2, sum=lambda *values: values), SimpleNamespace(seen=8, count=0)
+    unreadable = SimpleNamespace(seen=8, count=0)
+    machine = SimpleNamespace(rank=1, world=2, sum=lambda *values: values)
     train_align.Run.save_checkpoint(SimpleNamespace(machine=machine, unreadable=unreadable))
     assert waited == [True]
+    (tmp_path / "out").write_text("no folder")
+    machine.rank, options = 0, SimpleNamespace(out=tmp_path / "out")
+    with pytest.raises(OSError):
+        train_align.Run.save_checkpoint(SimpleNamespace(machine=machine, unreadable=unreadable, options=options))
+    assert waited == [True, True]
 
 
 def test_usage_errors_exit_with_2(weights: Path, capsys):

@@ -523,7 +523,7 @@ def test_checkpoints_that_cannot_be_continued(parts: Path, tmp_path: Path):
     assert len(losses(out)) == 10 and (out / "model" / "config.json").exists()
 
 
-def test_every_process_says_what_is_wrong_with_the_data(parts: Path, tmp_path: Path, monkeypatch):
+def test_nobody_waits_for_a_process_that_failed_on_the_data(parts: Path, tmp_path: Path, monkeypatch):
     """The first reads the files while the others wait for it; it lets them go on where it fails, too."""
     waited = []
     monkeypatch.setattr(dist, "barrier", lambda: waited.append(True))
