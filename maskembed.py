@@ -26,44 +26,46 @@ TARGETS = ("penultimate", "last", "cls")
 LOSSES = ("mse", "mae", "cosine", "mse-hidden", "mse-visible")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The teacher
+# --- f(m(x)): the teacher ---------------------------------------------------------------------------------------------
+
+def mask_images(images: Tensor, masks: Tensor, patch_size: int) -> Tensor:
+    """m(x): normalized images [B, 3, H, W], masks [B * V, N] -> [B * V, 3, H, W].
+
+    Hidden patches become zero, the mean color, and so do pixels beyond the last whole patch, which belong to none.
+    """
+    B, _, H, W = images.shape
+    rows, columns = H // patch_size, W // patch_size
+    m = masks.view(B, -1, 1, rows, columns)  # [B, V, 1, rows, columns]
+    m = m.repeat_interleave(patch_size, 3).repeat_interleave(patch_size, 4)
+    m = F.pad(m, (0, W - columns * patch_size, 0, H - rows * patch_size))  # [B, V, 1, H, W]
+    return (images[:, None] * m).flatten(0, 1)
 
 
 @torch.no_grad()
 def teacher_targets(teacher: ViT, images: Tensor, masks: Tensor, target: str = "penultimate") -> Tensor:
-    """f(m(x)): what the teacher says of each masked view.
+    """f(m(x)), what the teacher says of each masked view: images [B, 3, H, W], masks [B * V, N] -> [B * V, T, D].
 
-    images [B, 3, H, W], masks [B * V, N] -> [B * V, T, D]; for target "cls" [B * V, 1, D].
     target: "penultimate", all tokens without the last block, then the final norm (the paper's choice); "last", with it;
-        "cls", the class token of "last". A backbone without a class token raises ValueError there.
+        "cls", the class token of "last", [B * V, 1, D]; "crop", that of the visible window, cut out and resized
+        (CLIPSelf). ValueError: the backbone has no class token.
     """
-    if target not in TARGETS:
-        raise ValueError(f"target {target!r}: choose one of {', '.join(TARGETS)}")
-    if target == "cls":
-        return class_token(teacher, images, masks)
-    return teacher(images, masks, skip_blocks=int(target == "penultimate"))
+    if target in ("cls", "crop") and not teacher.config.class_token:
+        raise ValueError(f"target {target}: this backbone has no class token; use --target penultimate or last")
+    if target == "crop":
+        return teacher(crop_windows(images, masks, teacher.config.patch_size))[:, :1]
+    tokens = teacher(mask_images(images, masks, teacher.config.patch_size), skip_blocks=int(target == "penultimate"))
+    return tokens[:, :1] if target == "cls" else tokens
 
 
-@torch.no_grad()
-def crop_targets(teacher: ViT, images: Tensor, windows: Tensor) -> Tensor:
-    """CLIPSelf (section B.3): each image's window, resized to the full input, gives the class token [B, 1, D].
-
-    windows: [B, 4] integers top, left, height, width, in patches.
-    """
-    size, p = teacher.config.image_size, teacher.config.patch_size
+def crop_windows(images: Tensor, masks: Tensor, patch_size: int) -> Tensor:
+    """CLIPSelf's crops (section B.3): the window that a mask [B, N] shows, resized to the whole image [B, 3, H, W]."""
+    rows, columns = (side // patch_size for side in images.shape[2:])
     crops = []
-    for image, (top, left, height, width) in zip(images, (windows * p).tolist()):
-        crop = image[None, :, top : top + height, left : left + width]
-        crops.append(F.interpolate(crop, (size, size), mode="bicubic", antialias=True))
-    return class_token(teacher, torch.cat(crops))
-
-
-def class_token(teacher: ViT, images: Tensor, masks: Tensor | None = None) -> Tensor:
-    """The class token after the final norm, [M, 1, D]."""
-    if not teacher.config.class_token:
-        raise ValueError("target cls: this backbone has no class token; use penultimate or last")
-    return teacher(images, masks)[:, :1]
+    for image, mask in zip(images, masks.view(-1, rows, columns).cpu()):
+        (y, x), p = mask.nonzero().T, patch_size
+        crop = image[None, :, y.min() * p : (y.max() + 1) * p, x.min() * p : (x.max() + 1) * p]
+        crops.append(F.interpolate(crop, images.shape[2:], mode="bicubic", antialias=True))
+    return torch.cat(crops)
 
 
 class TargetScale:
@@ -73,23 +75,21 @@ class TargetScale:
     """
 
     def __init__(self):
-        self.sums = torch.zeros(3, dtype=torch.float64)
+        self.sums = [0.0, 0.0, 0.0]
 
     def add(self, targets: Tensor) -> None:
         """Count targets of any shape."""
-        total, squares = targets.sum(dtype=torch.float64), targets.float().square().sum(dtype=torch.float64)
-        self.sums += torch.tensor([targets.numel(), total.item(), squares.item()], dtype=torch.float64)
+        powers = torch.ones_like(targets), targets, targets.float().square()
+        self.sums = [before + x.sum(dtype=torch.float64).item() for before, x in zip(self.sums, powers)]
 
     @property
     def value(self) -> float:
         """1 / standard deviation."""
-        count, total, squares = self.sums.tolist()
+        count, total, squares = self.sums
         return (squares / count - (total / count) ** 2) ** -0.5
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The student
-
+# --- h(m(g(x))): the student ------------------------------------------------------------------------------------------
 
 class Decoder(nn.Module):
     """h: a shallow transformer from masked embeddings [M, T, W] to the teacher's tokens [M, T, D] (section C).
@@ -97,21 +97,20 @@ class Decoder(nn.Module):
     Position embedding, pre-norm blocks with LayerScale, norm, linear layer. For BEiT and EVA02 the same plain blocks.
 
     encoder: the encoder's config, whose heads, activation and qkv bias the blocks take over. width: W, a multiple of
-    the encoder's channels per head; None: the encoder's. softcap: of the blocks' attention; the paper has none there.
+    the encoder's channels per head (ValueError); None: the encoder's. softcap: of its attention; the paper has none.
     """
 
     def __init__(self, encoder: ViTConfig, depth: int = 2, width: int | None = None, softcap: float | None = None):
         super().__init__()
         width, head_dim = width or encoder.embed_dim, encoder.embed_dim // encoder.num_heads
         if width % head_dim:
-            raise ValueError(
-                f"decoder width {width}: must be a multiple of the {head_dim} channels of an attention head"
-            )
+            raise ValueError(f"decoder width {width}: must be a multiple of the {head_dim} channels per head")
         self.options = {"depth": depth, "width": width, "softcap": softcap}
+        act = encoder.act if encoder.family == "vit" else "gelu"
         config = replace(
-            encoder, family="vit", embed_dim=width, num_heads=width // head_dim, depth=depth, mlp_ratio=4.0,
-            act=encoder.act if encoder.family == "vit" else "gelu", norm_eps=1e-5, layer_scale=1e-6, softcap=softcap,
-        )  # fmt: skip
+            encoder, family="vit", embed_dim=width, num_heads=width // head_dim, depth=depth, mlp_ratio=4.0, act=act,
+            norm_eps=1e-5, layer_scale=1e-6, softcap=softcap,
+        )
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, encoder.num_prefix + encoder.num_patches, width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(depth))
         self.norm = nn.LayerNorm(width, 1e-5)
@@ -119,7 +118,9 @@ class Decoder(nn.Module):
         self.checkpointing = False  # as in ViT
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(vit.run_blocks(self.blocks, x + self.pos_embed, None, self.checkpointing)))
+        x = x + self.pos_embed
+        x = vit.run_blocks(self.blocks, x, checkpointing=self.checkpointing)
+        return self.head(self.norm(x))
 
 
 class Student(nn.Module):
@@ -127,7 +128,7 @@ class Student(nn.Module):
 
     decoder: a `Decoder`; or "sum" or "mean" for the baselines that add up or average the visible embeddings.
     target: what is reconstructed; with "cls" the first token of the decoder's output.
-    target_scale: the constant the teacher's targets are multiplied by, kept here to be stored with the model.
+    target_scale: the constant that multiplies the teacher's targets, stored with the model.
     """
 
     def __init__(self, encoder: ViT, head: nn.Module, decoder: Decoder | str, target: str = "penultimate"):
@@ -141,17 +142,17 @@ class Student(nn.Module):
         return self.forward_decoder(self.forward_encoder(images), masks)
 
     def forward_encoder(self, images: Tensor) -> Tensor:
-        """Embeddings after the head, [B, 3, H, W] -> [B, T, W]: once an image, whatever the number of views."""
+        """g(x): embeddings after the head, [B, 3, H, W] -> [B, T, W], once per image whatever the number of views."""
         return self.head(self.encoder(images))
 
     def forward_decoder(self, embeddings: Tensor, masks: Tensor) -> Tensor:
-        """Mask the embeddings [B, T, W] with masks [B * V, N] and reconstruct. Prefix tokens are always hidden."""
+        """h(m(g)): embeddings [B, T, W] are masked by [B * V, N] and decoded. Prefix tokens are always hidden."""
         P = self.encoder.config.num_prefix
         patches = embeddings[:, P:]  # [B, N, W]
         B, N, W = patches.shape
         masks = masks.view(B, -1, N, 1).to(patches.dtype)  # [B, V, N, 1]
         visible = (patches[:, None] * masks).flatten(0, 1)  # [B * V, N, W]
-        if self.pool:
+        if self.pool:  # equation 2: the sum of the visible embeddings; or their mean
             total = visible.sum(1, keepdim=True)  # [B * V, 1, W]
             return total / masks.sum(2).view(-1, 1, 1) if self.pool == "mean" else total
         x = self.decoder(F.pad(visible, (0, 0, P, 0)))  # [B * V, T, D]
@@ -159,10 +160,10 @@ class Student(nn.Module):
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, masks: Tensor, kind: str = "mse") -> Tensor:
-    """The distance of prediction and target [M, T, D], a scalar; masks [M, N].
+    """The distance between prediction and target [M, T, D], a scalar; masks [M, N].
 
-    kind: "mse" (equation 1), "mae", "cosine" (1 - cos, mean over tokens), and "mse-hidden" or "mse-visible": squared
-    errors of those patches and of the prefix tokens, over the number of all tokens.
+    kind: one of LOSSES: "mse" (equation 1), "mae", "cosine" (1 - cos, mean over tokens), and "mse-hidden" or
+        "mse-visible": squared errors of those patches and of the prefix tokens, over the number of all tokens.
     """
     dtype = torch.promote_types(prediction.dtype, torch.float32)  # bf16 under autocast -> float32
     prediction, target = prediction.to(dtype), target.to(dtype)
@@ -172,45 +173,36 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, masks: Tensor, kind:
         return F.l1_loss(prediction, target)
     if kind == "cosine":
         return 1 - F.cosine_similarity(prediction, target, dim=-1).mean()
-    if kind not in LOSSES:
-        raise ValueError(f"loss {kind!r}: choose one of {', '.join(LOSSES)}")
     counted = 1 - masks if kind == "mse-hidden" else masks  # [M, N]
     counted = F.pad(counted, (target.shape[1] - masks.shape[1], 0), value=1.0)  # [M, T]: prefix tokens always
     return ((prediction - target).square().mean(-1) * counted).mean()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The method and its baselines
-
+# --- the method and its baselines -------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Objective:
-    """What tells a baseline of the same family from MaskEmbed (sections 3.1, B.3): the defaults it brings with it."""
+    """What tells MaskEmbed and the baselines of its family apart (sections 3.1, B.3): the defaults each one brings."""
 
     decoder: str = "transformer"  # transformer | sum | mean
     head: bool = True  # a linear head and a fresh final norm, or the pre-trained norm alone
     target: str = "penultimate"
     masks: str = "uniform"
-    views: int = 3  # mask, complement, all-ones; or the mask alone
+    views: str = "3"  # mask, complement, all-ones; or "1", the mask alone
     loss: str = "mse"
 
 
 OBJECTIVES = {
-    "maskembed": Objective(),
-    "additive": Objective(decoder="sum", target="cls", views=1),  # equation 2
-    "average": Objective(decoder="mean", head=False, target="cls", masks="block", views=1),
-    "crop": Objective(decoder="mean", head=False, target="cls", masks="crop", views=1, loss="cosine"),  # CLIPSelf
+    "maskembed": Objective(),  # equation 1
+    "additive": Objective(decoder="sum", target="cls", views="1"),  # equation 2
+    "average": Objective(decoder="mean", head=False, target="cls", masks="block", views="1"),
+    "crop": Objective(decoder="mean", head=False, target="crop", masks="crop", views="1", loss="cosine"),  # CLIPSelf
 }
 
 
 def make_student(
-    teacher: ViT,
-    objective: Objective = OBJECTIVES["maskembed"],
-    softcap: float | None = 30.0,
-    decoder_depth: int = 2,
-    decoder_width: int | None = None,
-    decoder_softcap: float | None = None,
-    reinit_last_block: bool = False,
+    teacher: ViT, objective: Objective = OBJECTIVES["maskembed"], softcap: float | None = 30.0, decoder_depth: int = 2,
+    decoder_width: int | None = None, reinit_last_block: bool = False,
 ) -> Student:
     """The student at the start of alignment: a trainable copy of the teacher, a zero head, a random decoder.
 
@@ -221,74 +213,44 @@ def make_student(
     if objective.head:
         config = replace(config, final_norm=1e-5)
     encoder = ViT(config)
-    state = {k: v for k, v in teacher.state_dict().items() if not (objective.head and k.startswith("norm."))}
-    if reinit_last_block:
-        state = {k: v for k, v in state.items() if not k.startswith(f"blocks.{config.depth - 1}.")}
-    missing, unexpected = encoder.load_state_dict(state, strict=False)
-    assert not unexpected and all(name.startswith(("norm.", f"blocks.{config.depth - 1}.")) for name in missing)
-    decoder: Decoder | str = objective.decoder
+    fresh = ["norm."] * objective.head + [f"blocks.{config.depth - 1}."] * reinit_last_block
+    encoder.load_state_dict(
+        encoder.state_dict() | {k: v for k, v in teacher.state_dict().items() if not k.startswith(tuple(fresh))}
+    )
+    decoder, width = objective.decoder, config.embed_dim
     if decoder == "transformer":
-        decoder = Decoder(config, decoder_depth, decoder_width, decoder_softcap)
-    width = config.embed_dim if isinstance(decoder, str) else decoder.options["width"]
-    head: nn.Module = nn.Identity()
-    if objective.head:
-        head = nn.Linear(config.embed_dim, width)
-        nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+        decoder = Decoder(config, decoder_depth, decoder_width)
+        width = decoder.options["width"]
+    head = nn.Linear(config.embed_dim, width) if objective.head else nn.Identity()
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
     return Student(encoder, head, decoder, objective.target)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-
+# --- files ------------------------------------------------------------------------------------------------------------
 
 def save(student: Student, path: str | Path, **notes: object) -> None:
-    """Write encoder.*, head.* and decoder.* with what rebuilds them; `vit.load` on the file gives the encoder.
-
-    notes: anything JSON-serializable to keep with it (the recipe, the losses).
-    """
-    about = {
-        "decoder": student.pool or student.decoder.options,
-        "head": isinstance(student.head, nn.Linear),
-        "target": student.target,
-        "target_scale": student.target_scale,
-    }
-    metadata = {"config": json.dumps(asdict(student.encoder.config)), "maskembed": json.dumps(about)}
-    vit.save_tensors(student.state_dict(), path, metadata | {k: json.dumps(v) for k, v in notes.items()})
+    """Write encoder.*, head.* and decoder.* with what rebuilds them, and `notes`; `vit.load` reads the encoder."""
+    decoder, head = student.pool or student.decoder.options, isinstance(student.head, nn.Linear)
+    about = {"decoder": decoder, "head": head, "target": student.target, "target_scale": student.target_scale}
+    metadata = {"config": asdict(student.encoder.config), "maskembed": about} | notes
+    vit.save_tensors(student.state_dict(), path, {key: json.dumps(value) for key, value in metadata.items()})
 
 
 def load(path: str | Path, config: str | ViTConfig | None = None) -> Student:
-    """A whole aligned model: a file of `save`, or a checkpoint of the MaskEmbed authors (config: its backbone).
-
-    Errors: vit.WeightsError, which names the file and what is wrong with it.
-    """
-    tensors = vit.WeightFile(path)
-    encoder = vit.load(path, config)
-    names = {name.replace("encoder.head.", "head.", 1): name for name in tensors.names}  # the authors keep it inside
-    if "maskembed" in tensors.metadata:
-        about = json.loads(tensors.metadata["maskembed"])
-    elif "decoder.pos_embed" in names:
-        depth = len({name.split(".")[2] for name in names if name.startswith("decoder.blocks.")})
-        width = tensors[names["decoder.pos_embed"]].shape[-1]
-        about = {
-            "decoder": {"depth": depth, "width": width},
-            "head": True,
-            "target": "penultimate",
-            "target_scale": 1.0,
-        }
-    else:
-        raise vit.WeightsError(
-            f"{path}: holds a backbone but no head and decoder; give a file that train_align.py wrote"
-        )
-    decoder = about["decoder"] if isinstance(about["decoder"], str) else Decoder(encoder.config, **about["decoder"])
-    width = encoder.config.embed_dim if isinstance(decoder, str) else decoder.options["width"]
+    """A whole aligned model, in evaluation mode, from a file that `save` wrote; config and errors are `vit.load`'s."""
+    encoder, (tensors, metadata) = vit.load(path, config), vit.read_tensors(path)
+    if "maskembed" not in metadata:
+        raise ValueError(f"{path}: holds no head and decoder; give a file that train_align.py or convert.py wrote")
+    about = json.loads(metadata["maskembed"])
+    decoder, width = about["decoder"], encoder.config.embed_dim
+    if isinstance(decoder, dict):
+        decoder, width = Decoder(encoder.config, **decoder), decoder["width"]
     head = nn.Linear(encoder.config.embed_dim, width) if about["head"] else nn.Identity()
     student = Student(encoder, head, decoder, about["target"])
     student.target_scale = about["target_scale"]
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            if name.startswith("encoder."):
-                continue
-            if name not in names or tensors[names[name]].shape != parameter.shape:
-                raise vit.WeightsError(f"{path}: tensor {name} is missing or of another shape; the file is incomplete")
-            parameter.copy_(tensors[names[name]])
+    try:
+        student.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: is incomplete or damaged ({str(error).splitlines()[1].strip()})") from None
     return student.eval()

@@ -1,7 +1,7 @@
-"""Mask distributions of MaskEmbed (section 3.2, B.1). Copy this file anywhere: it needs only torch.
+"""The mask distributions of MaskEmbed (sections 3.2 and B.1). Needs only torch; copy it.
 
-A mask is float [batch, patches], 1 = visible, 0 = hidden, the patches row by row. Each function takes a CPU generator:
-the same generator state gives the same masks on every machine.
+A mask is a float tensor [batch, patches], 1 = visible, 0 = hidden, patches row by row. Each function takes a CPU
+generator: the same generator state gives the same masks on every machine.
 """
 
 import math
@@ -11,30 +11,30 @@ from torch import Tensor
 
 
 def uniform(batch: int, patches: int, generator: torch.Generator | None = None) -> Tensor:
-    """The paper's choice: the number of visible patches is uniform on {0, ..., N}, the set uniform given its number.
+    """The paper's choice: the number of visible patches is uniform on {0, ..., N}, and the set uniform given its size.
 
-    p(m) = 1 / (C(N, |m|) (N + 1)). Of N + 1 uniform numbers u_0, ..., u_N, patch i is visible where u_i > u_0: the rank
-    of u_0 among them is uniform, and so is the set that lies above it.
+    p(m) = 1 / (C(N, |m|) (N + 1)). Of N + 1 uniform random numbers u_0, ..., u_N, patch i is visible if u_i > u_0: the
+    rank of u_0 is uniform, and so is the set of those above it.
     """
     u = torch.rand(batch, patches + 1, generator=generator, dtype=torch.float64)
     return (u[:, 1:] > u[:, :1]).float()
 
 
 def bernoulli(batch: int, patches: int, visible: float, generator: torch.Generator | None = None) -> Tensor:
-    """Each patch visible by itself with probability `visible`."""
+    """Each patch is visible with probability `visible`, independently of the others."""
     return (torch.rand(batch, patches, generator=generator, dtype=torch.float64) < visible).float()
 
 
 def block(
     batch: int, grid: int | tuple[int, int], visible: float = 0.4, generator: torch.Generator | None = None
 ) -> Tensor:
-    """BEiT's block masks, turned around: random rectangles are revealed until at least a share `visible` is seen.
+    """BEiT's block masks, inverted: random rectangles are revealed until at least a fraction `visible` is visible.
 
-    Each rectangle has an area uniform between 16 and visible * N patches and an aspect ratio uniform in [0.3, 1/0.3].
-    A mask is never empty. grid: patches along each side, or (rows, columns).
+    The area of a rectangle is uniform between 16 and visible * N patches, its aspect ratio uniform in [0.3, 1/0.3]. A
+    mask is never empty. grid: patches along each side, or (rows, columns).
     """
     if not 0 < visible <= 1:
-        raise ValueError(f"visible is {visible}; a block mask needs a share in (0, 1]")
+        raise ValueError(f"visible is {visible}; a block mask needs a fraction in (0, 1]")
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     target = visible * rows * columns
     masks = torch.zeros(batch, rows, columns)
@@ -46,7 +46,7 @@ def block(
 
 
 def _rectangle(rows: int, columns: int, largest: float, generator: torch.Generator | None) -> tuple[int, int, int, int]:
-    """top, left, height, width of a random rectangle; a shape that does not fit is drawn again."""
+    """Top, left, height and width of a random rectangle; a shape that does not fit is drawn again."""
     smallest = min(16.0, largest)  # a grid of fewer than 40 patches has no room for 16
     while True:
         u = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
@@ -57,7 +57,7 @@ def _rectangle(rows: int, columns: int, largest: float, generator: torch.Generat
 
 
 def windows(batch: int, grid: int, generator: torch.Generator | None = None) -> Tensor:
-    """CLIPSelf's crops (section B.3): windows of 3 to 14 patches a side, as top, left, height, width [batch, 4]."""
+    """CLIPSelf's crops (section B.3), 3 to 14 patches on each side: top, left, height and width, [batch, 4]."""
     u = torch.rand(batch, 4, generator=generator, dtype=torch.float64)
     smallest, largest = min(3, grid), min(14, grid)
     size = smallest + (u[:, :2] * (largest - smallest + 1)).long()  # height, width
@@ -65,7 +65,7 @@ def windows(batch: int, grid: int, generator: torch.Generator | None = None) -> 
 
 
 def from_windows(boxes: Tensor, grid: int) -> Tensor:
-    """The mask that shows just the window: [batch, 4] -> [batch, grid * grid]."""
+    """Masks in which only the windows are visible: [batch, 4] -> [batch, grid * grid]."""
     (top, left, height, width), place = boxes.T[..., None], torch.arange(grid)  # [batch, 1] each, [grid]
     rows = (place >= top) & (place < top + height)  # [batch, grid]
     columns = (place >= left) & (place < left + width)
@@ -73,6 +73,6 @@ def from_windows(boxes: Tensor, grid: int) -> Tensor:
 
 
 def views(m: Tensor, complement: bool = True, full: bool = True) -> Tensor:
-    """The views of each image, adjacent: m, its complement 1 - m, all-ones. [batch, N] -> [batch * V, N]."""
+    """The V views of each image, adjacent: m, its complement 1 - m, all ones. [batch, N] -> [batch * V, N]."""
     parts = [m] + [1 - m] * complement + [torch.ones_like(m)] * full
     return torch.stack(parts, 1).flatten(0, 1)

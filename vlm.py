@@ -1,21 +1,19 @@
-"""The vision-language model: an image becomes tokens that Llama reads as words (section 5, appendix D).
+"""The vision-language model: a language model reads an image's tokens as if they were words (section 5, appendix D).
 
     image ---> vision (frozen) ---> adapter ------------+
                                                         v
     "In: {question}\\nOut:" ---> word embeddings ---> <s> image text ---> language ---> "{answer}</s>"
 
-LLaVA's way: the image's tokens stand right behind <s>, the text follows; an example without an image has none. Adapter
-and language model are trained, in one stage, on the answers. The file needs vit.py, maskembed.py and llama.py beside
-it and nothing else of ours.
+The design is LLaVA's. The image tokens follow <s>, then comes the text; a sample without an image has none. The adapter
+and the language model are trained on the answers, in one stage. This file needs vit.py, maskembed.py and llama.py.
 
     model = vlm.load("runs/vlm/model")
     model.generate([image, None], ["What is left of the ring?", "What is a ring?"])
 
-    python vlm.py MODEL IMAGE "What is left of the ring?"       # the answer, as it comes
-    python vlm.py MODEL --export FOLDER                         # its language model, in transformers' layout
+    python vlm.py MODEL IMAGE "What is left of the ring?"       # prints the answer as it is generated
 
 Shapes: B batch, T text length, N patches, P prefix tokens, M image tokens (N or P + N), S = M + T, D the backbone's
-width, E the language model's.
+width, E the language model's width, W the vocabulary size.
 """
 
 import argparse
@@ -35,56 +33,37 @@ from torch import Tensor, nn
 import llama
 import maskembed
 import vit
-from llama import IGNORE, Llama, LlamaConfig, LlamaError, Tokenizer
+from llama import IGNORE, Llama, LlamaConfig, Tokenizer
 from maskembed import Student
-from vit import Block, ViT, ViTConfig, WeightsError
+from vit import Block, ViT, ViTConfig
 
-Conversation = list[dict[str, str]]  # LLaVA's: {"from": "human" or "gpt", "value": text}, in turns
-Prompt = str | Conversation  # the question alone (the template is put around it), or a conversation that ends with one
-Images = Sequence[Image.Image | None]  # for each prompt one or none
-
-
-class VLMError(ValueError):
-    """Input, a file or a folder that cannot be used as asked; one sentence says why and what to do."""
-
-    def __str__(self) -> str:
-        return super().__str__().rsplit("VLMError: ")[-1].strip()  # drops the traceback that a data process adds
+Conversation = list[dict[str, str]]  # LLaVA's format: {"from": "human" or "gpt", "value": text}, taking turns
+Prompt = str | Conversation  # a question, which the template wraps, or a conversation that ends with a question
+Images = Sequence[Image.Image | None]  # an image or None for each prompt
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Template and encoding
-
+# --- prompts and images -----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Template:
-    """What is written around questions and answers. `</s>` is the special token, and stands at an answer's end only."""
+    """The text around questions and answers. `</s>` is the special token, and only ends an answer."""
 
     question: str = "In: {question}\nOut:"
     answer: str = "{answer}</s>"
     system: str = ""  # before the first question
 
-    def __post_init__(self) -> None:
-        if "{question}" not in self.question or not self.answer.endswith("{answer}</s>"):
-            raise VLMError("a template needs a question with {question} in it and an answer that ends in {answer}</s>")
-
     def piece(self, message: str, turn: int) -> str:
-        """The text around a message: a question where `turn`, counted from 0, is even, else an answer without its </s>.
-
-        The tokenizer begins each piece with a space, so one that the template has there is that very space.
-        """
-        if turn % 2:
-            text = self.answer.removesuffix("</s>").replace("{answer}", message)
-        else:
-            text = (self.system if turn == 0 else "") + self.question.replace("{question}", message)
-        return text.removeprefix(" ")
+        """A message with the text around it, without </s>: a question where `turn` (from 0) is even, else an answer."""
+        question = (self.system if turn == 0 else "") + self.question.replace("{question}", message)
+        text = self.answer.removesuffix("</s>").replace("{answer}", message) if turn % 2 else question
+        return text.removeprefix(" ")  # the tokenizer begins each piece with a space of its own
 
 
 TEMPLATES: dict[str, Template] = {
-    "llama": Template(),  # the base model's, which the paper uses
-    "vicuna": Template(  # v1.5's
-        question="USER: {question} ASSISTANT:",
-        answer=" {answer}</s>",
-        system="A chat between a curious user and an artificial intelligence assistant. "
+    "llama": Template(),  # the paper's, for the Llama 2 base model
+    "vicuna": Template(  # v1.5
+        "USER: {question} ASSISTANT:", " {answer}</s>",
+        "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
     ),
 }
@@ -95,104 +74,69 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """A conversation as ids, <s> first, and labels: the ids themselves in answers and their </s>, elsewhere -100.
 
-    "<image>" is removed from the messages, which are then stripped. The pieces that the template makes of them are
-    tokenized one by one, so an answer starts with its own word-initial token. max_text: the ids are cut there.
-    VLMError: turns that do not alternate, human first.
+    "<image>" is removed from each message, which is then stripped. The pieces that the template makes of them are
+    tokenized one by one, so an answer starts with its own word-initial token. Both lists are cut to `max_text` ids.
+    ValueError: the turns do not alternate, human first.
     """
     ids, labels = [tokenizer.bos], [IGNORE]
     for turn, message in enumerate(conversation):
         answer = turn % 2 == 1
         role = "gpt" if answer else "human"
         if message.get("from") != role or not isinstance(message.get("value"), str):
-            raise VLMError(f"turn {turn + 1} of a conversation is no text from {role}; human and gpt take turns")
-        text = message["value"].replace("<image>", "").strip()
-        piece = tokenizer.encode(template.piece(text, turn), eos=answer)
+            raise ValueError(f"turn {turn + 1} of a conversation is not text from {role}; they take turns, human first")
+        piece = template.piece(message["value"].replace("<image>", "").strip(), turn)
+        piece = tokenizer.encode(piece, eos=answer)
         ids += piece
         labels += piece if answer else [IGNORE] * len(piece)
     return ids[:max_text], labels[:max_text]
 
 
 def prepare(image: Image.Image, config: ViTConfig) -> Tensor:
-    """Any PIL image, squeezed to the square that the backbone reads -> pixels, uint8 [3, H, W].
-
-    VLMError: its file cannot be read.
-    """
-    try:
+    """Any PIL image, squeezed to the square that the backbone reads -> uint8 [3, H, W]. ValueError: it is damaged."""
+    try:  # Pillow reads a file only when its pixels are needed
         pixels = np.array(vit.fit(image, config, square=True))
-    except Exception as error:  # Pillow reads a file when its pixels are needed, and a damaged one can fail in any way
-        raise unreadable(getattr(image, "filename", "") or "an image", error) from None
+    except Exception as error:  # a damaged file can fail in any way
+        name = getattr(image, "filename", "") or "an image"
+        raise ValueError(f"{name}: cannot be read as an image ({error or type(error)}); give another file") from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """An image file. VLMError: no such file, or none that Pillow reads."""
-    try:
-        return Image.open(path)
-    except FileNotFoundError:
-        raise VLMError(f"{path}: no such image; give the path of an image file") from None
-    except Exception as error:
-        raise unreadable(path, error) from None
+# --- adapters (figure 11): from vision features [B, M, D] to image tokens [B, M, E] -----------------------------------
+#
+# Features:     of an aligned backbone,                of a baseline,
+#               after all blocks and the final norm    before the last block, without the norm
+# mlp           prefix tokens and patches              patches
+# decoder       prefix tokens and patches              -
+# transformer   prefix tokens and patches              prefix tokens and patches
+# truncated     prefix tokens and patches              prefix tokens and patches; it owns the last two blocks they pass
+# fused-mlp     patches                                patches; both after those of a second backbone, a baseline
 
 
-def unreadable(name: str | Path, error: Exception) -> VLMError:
-    """The error for a damaged image file."""
-    reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
-    return VLMError(f"{name}: cannot be read as an image ({reason}); give another file")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Adapters
-
-
-class Adapter(nn.Module):
-    """From the vision features [B, M, D] to what the language model reads, [B, M, E].
-
-    prefix: whether it reads prefix tokens, of a baseline and of an aligned backbone. own_blocks: how many blocks of the
-    backbone it takes over and trains. new: what the names of parameters from scratch begin with; the others `start` sets.
-    """
-
-    prefix: tuple[bool, bool] = (True, True)
-    own_blocks: int = 0
-    new: str = ""
-
-    def start(self, source: ViT | Student) -> None:
-        """Begin with pre-trained layers of the backbone; most adapters have none."""
-
-
-class MLP(Adapter):
-    """`mlp`: linear D -> E, GELU, linear E -> E."""
-
-    prefix = (False, True)
+class MLP(nn.Module):
+    """`mlp`, the usual adapter: linear D -> E, GELU, linear E -> E."""
 
     def __init__(self, config: "VLMConfig"):
         super().__init__()
-        layers: list[nn.Module] = []
-        widths = self.widths(config)
-        for before, after in zip(widths, widths[1:]):
-            layers += [nn.Linear(before, after), nn.GELU()]
-        self.projector = nn.Sequential(*layers[:-1])
-
-    def widths(self, config: "VLMConfig") -> list[int]:
-        """From the features' width to E."""
-        E = config.language.hidden_size
-        return [config.vision.embed_dim, E, E]
+        D, E = config.vision.embed_dim, config.language.hidden_size
+        self.projector = nn.Sequential(nn.Linear(D, E), nn.GELU(), nn.Linear(E, E))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projector(x)
 
 
-class FusedMLP(MLP):
-    """`fused-mlp`: the patch tokens of a second backbone (D1) and of the first (D2) side by side, and three layers."""
+class FusedMLP(nn.Module):
+    """`fused-mlp` (figure 13): features of two backbones side by side, D = D1 + D2 channels, three linear layers."""
 
-    prefix = (False, False)  # the backbones have different ones
-
-    def widths(self, config: "VLMConfig") -> list[int]:
-        """D1 + D2, four times that, E, E."""
+    def __init__(self, config: "VLMConfig"):
+        super().__init__()
         D, E = config.second.embed_dim + config.vision.embed_dim, config.language.hidden_size
-        return [D, 4 * D, E, E]
+        self.projector = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, E), nn.GELU(), nn.Linear(E, E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projector(x)
 
 
-class Transformer(Adapter):
+class Transformer(nn.Module):
     """`transformer`: the layers of MaskEmbed's encoder head and decoder, from scratch."""
 
     def __init__(self, config: "VLMConfig"):
@@ -207,397 +151,277 @@ class Transformer(Adapter):
 
 
 class Decoder(Transformer):
-    """`decoder` (the paper's, for aligned backbones): the trained encoder head and decoder, a new last layer of zeros.
-
-    Prefix tokens are hidden from the decoder, as they were when it was trained.
-    """
-
-    new = "decoder.head."
+    """`decoder` (section 3.2): an aligned model's own encoder head and decoder, with a new last layer of zeros. Prefix
+    tokens are hidden from the decoder, as in its training."""
 
     def __init__(self, config: "VLMConfig"):
         super().__init__(config)
         self.num_prefix = config.vision.num_prefix
-        zero(self.decoder.head)
+        nn.init.zeros_(self.decoder.head.weight), nn.init.zeros_(self.decoder.head.bias)
 
-    def start(self, source: ViT | Student) -> None:
-        """The aligned model's head, and all of its decoder but the last layer."""
-        self.head.load_state_dict(source.head.state_dict())
-        last = self.decoder.head.state_dict(prefix="head.")
-        self.decoder.load_state_dict(source.decoder.state_dict() | last)
+    def start(self, student: Student) -> None:
+        """Copy the aligned model's head, and its decoder but for the last layer."""
+        self.head.load_state_dict(student.head.state_dict())
+        new = self.decoder.head.state_dict(prefix="head.")
+        self.decoder.load_state_dict(student.decoder.state_dict() | new)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.head(x[:, self.num_prefix :])  # [B, N, W]
+        x = self.head(x[:, self.num_prefix :])  # [B, N, width]
         return self.decoder(F.pad(x, (0, 0, self.num_prefix, 0)))
 
 
-class Truncated(Adapter):
-    """`truncated`: the last two blocks that the features pass (and the final norm, if they pass it), and a linear layer
-    of zeros."""
+class Truncated(nn.Module):
+    """`truncated`: the last two blocks that the features pass, the norm if they pass it, a linear layer of zeros."""
 
-    own_blocks, new = 2, "head."
-    positions = ViT.positions  # what the blocks of EVA02 and BEiT need to know
+    positions = ViT.positions  # what the blocks of EVA02 and BEiT need to know; it reads self.config
 
     def __init__(self, config: "VLMConfig"):
         super().__init__()
-        self.config, self.first, self.checkpointing = config.vision, config.front.depth, False
-        self.blocks = nn.ModuleList(Block(config.vision) for _ in range(self.own_blocks))
-        norm = config.vision.final_norm if config.aligned else None
-        self.norm = nn.Identity() if norm is None else nn.LayerNorm(config.vision.embed_dim, norm)
-        self.head = zero(nn.Linear(config.vision.embed_dim, config.language.hidden_size))
+        self.config, self.first, self.checkpointing = config.vision, config.frozen.depth, False
+        D, eps = config.vision.embed_dim, config.vision.final_norm if config.aligned else None
+        self.blocks = nn.ModuleList([Block(config.vision), Block(config.vision)])
+        self.norm = nn.Identity() if eps is None else nn.LayerNorm(D, eps)
+        self.head = nn.Linear(D, config.language.hidden_size)
+        nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
 
-    def start(self, source: ViT | Student) -> None:
-        """The backbone's own blocks and norm."""
-        backbone = source.encoder if isinstance(source, Student) else source
+    def start(self, backbone: ViT) -> None:
+        """Copy the backbone's own blocks and norm."""
         for ours, theirs in zip(self.blocks, backbone.blocks[self.first :]):
             ours.load_state_dict(theirs.state_dict())
         if isinstance(self.norm, nn.LayerNorm):
             self.norm.load_state_dict(backbone.norm.state_dict())
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.blocks[0].norm1.weight.dtype)  # FSDP brings the weights in bf16, the frozen part is float32
         x = vit.run_blocks(self.blocks, x, self.positions(x.device), self.checkpointing)
         return self.head(self.norm(x))
 
 
-def zero(layer: nn.Linear) -> nn.Linear:
-    """The layer, all zeros: the image says nothing at first."""
-    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
-    return layer
-
-
-ADAPTERS: dict[str, type[Adapter]] = {
-    "mlp": MLP,
-    "decoder": Decoder,
-    "transformer": Transformer,
-    "truncated": Truncated,
-    "fused-mlp": FusedMLP,
+ADAPTERS: dict[str, type[nn.Module]] = {
+    "mlp": MLP, "decoder": Decoder, "transformer": Transformer, "truncated": Truncated, "fused-mlp": FusedMLP
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The model
-
+# --- the model --------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """All that is needed to build the model. JSON-serializable with `asdict`; `from_json` reads that.
-
-    Vision features: an aligned backbone's are its tokens after all blocks and the final norm, prefix tokens included. A
-    baseline's are those before the last block, without the norm; of its prefix tokens each adapter knows.
-    """
+    """Everything needed to build the model; config.json holds it. ValueError: the parts do not fit together."""
 
     adapter: str  # one of ADAPTERS
-    aligned: bool
-    vision: ViTConfig  # the whole backbone's; `front` is the part that stays frozen
+    aligned: bool  # whether the backbone is aligned
+    vision: ViTConfig  # of the whole backbone; `frozen` is the part that stays frozen
     language: LlamaConfig
-    second: ViTConfig | None = None  # of `fused-mlp`
-    decoder: dict[str, object] | None = None  # depth, width and soft-cap of the aligned model's decoder
+    second: ViTConfig | None = None  # the second backbone of `fused-mlp`
+    decoder: dict[str, object] | None = None  # the options of the aligned model's decoder, for `decoder`
     template: Template = TEMPLATES["llama"]
-    max_text: int = 2048  # ids of an example in training; image tokens come on top
+    max_text: int = 2048  # ids of a sample in training; image tokens come on top
 
     def __post_init__(self) -> None:
+        first, second, context = self.vision, self.second, self.language.max_position_embeddings
         if self.adapter not in ADAPTERS:
-            raise VLMError(f"adapter {self.adapter!r}: choose one of {', '.join(ADAPTERS)}")
-        if (self.second is not None) != (self.adapter == "fused-mlp"):
-            raise VLMError(f"adapter {self.adapter}: a second backbone goes with fused-mlp, and only with it")
-        if self.second and (self.second.image_size, self.second.grid) != (self.vision.image_size, self.vision.grid):
-            first, second = (f"{c.grid}^2 patches of {c.image_size}^2 pixels" for c in (self.vision, self.second))
-            raise VLMError(f"the backbones read {first} and {second}; load them at one image size with equal patches")
-        if self.front.depth < 0:
-            raise VLMError(f"adapter {self.adapter}: a backbone of {self.vision.depth} blocks is too shallow for it")
-        if self.image_tokens + 1 >= self.language.max_position_embeddings:
-            raise VLMError(
-                f"{self.image_tokens} image tokens leave no room for text in the language model's context of "
-                f"{self.language.max_position_embeddings}; take a longer context or a smaller image"
-            )
+            raise ValueError(f"adapter {self.adapter!r}: choose one of {', '.join(ADAPTERS)}")
+        if (second is not None) != (self.adapter == "fused-mlp"):
+            raise ValueError(f"adapter {self.adapter}: give a second backbone with fused-mlp, and only with it")
+        if second and (first.image_size, first.grid) != (second.image_size, second.grid):
+            sizes = " and ".join(f"{c.grid}^2 patches of {c.image_size}^2 pixels" for c in (first, second))
+            raise ValueError(f"the backbones read {sizes}; give two with equal image sizes and grids")
+        if self.image_tokens + 1 >= context:
+            raise ValueError(f"{self.image_tokens} image tokens leave no room for text in the language model's context "
+                             f"of {context}; give a longer context or a smaller image")
 
     @property
-    def front(self) -> ViTConfig:
-        """The backbone as far as it is frozen."""
-        own = ADAPTERS[self.adapter].own_blocks
-        return cut(self.vision, int(not self.aligned) + own, norm=self.aligned and not own)
+    def frozen(self) -> ViTConfig:
+        """The frozen part of the backbone: all of an aligned one, a baseline without its last block and final norm;
+        `truncated` takes the last two of these blocks, and the norm."""
+        own = 2 if self.adapter == "truncated" else 0
+        norm = self.vision.final_norm if self.aligned and not own else None
+        return replace(self.vision, depth=self.vision.depth - own - (not self.aligned), final_norm=norm)
 
     @property
     def prefix(self) -> bool:
         """Whether the features include prefix tokens."""
-        return ADAPTERS[self.adapter].prefix[self.aligned]
+        return {"mlp": self.aligned, "fused-mlp": False}.get(self.adapter, True)
 
     @property
     def image_tokens(self) -> int:
         """M."""
         return self.vision.num_patches + self.prefix * self.vision.num_prefix
 
-    @classmethod
-    def from_json(cls, values: dict) -> "VLMConfig":
-        """From what `asdict` gave and JSON may have stored. TypeError or KeyError: it is something else."""
-        parts = dict(vision=ViTConfig, language=LlamaConfig, second=ViTConfig, template=Template)
-        return cls(**values | {key: kind(**values[key]) for key, kind in parts.items() if values[key] is not None})
-
-
-def cut(config: ViTConfig, blocks: int, norm: bool) -> ViTConfig:
-    """A backbone without its last blocks, and with or without its final norm."""
-    return replace(config, depth=config.depth - blocks, final_norm=config.final_norm if norm else None)
-
 
 class VLM(nn.Module):
-    """The model of a `VLMConfig`, randomly initialized; `build` makes one of pre-trained parts, `load` reads one.
-
-    vision, second: the frozen part of the backbones. adapter. language: Llama.
-    """
+    """The model of a `VLMConfig`, randomly initialized. `vision` and `second` are frozen, the rest is trained."""
 
     def __init__(self, config: VLMConfig, tokenizer: Tokenizer):
         super().__init__()
-        if tokenizer.vocab_size != config.language.vocab_size:
-            raise VLMError(
-                f"the tokenizer has {tokenizer.vocab_size} words, the language model {config.language.vocab_size}; "
-                f"give the tokenizer.model that came with its weights"
-            )
         self.config, self.tokenizer = config, tokenizer
-        self.vision = ViT(config.front).requires_grad_(False)
+        self.vision = ViT(config.frozen).requires_grad_(False)
         self.second = None
-        if config.second:
-            self.second = ViT(cut(config.second, 1, norm=False)).requires_grad_(False)  # always a baseline
+        if config.second:  # a baseline: without its last block and final norm
+            second = replace(config.second, depth=config.second.depth - 1, final_norm=None)
+            self.second = ViT(second).requires_grad_(False)
         self.adapter = ADAPTERS[config.adapter](config)
         self.language = Llama(config.language)
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that are trained, by name: the adapter's and the language model's."""
+        """The parameters to train, by name: the adapter's and the language model's."""
         return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
-    def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
-        """Ids and labels for training, see the function `encode`. (Give data processes that one, not this method.)"""
-        return encode(self.tokenizer, self.config.template, conversation, self.config.max_text)
-
-    def prepare(self, image: Image.Image) -> Tensor:
-        """Pixels, uint8 [3, H, W], see the function `prepare`."""
-        return prepare(image, self.config.vision)
-
-    # Training
-
-    def forward(
-        self, ids: Tensor, labels: Tensor, images: Tensor | None = None, rows: Tensor | None = None
-    ) -> Tensor:
-        """The summed loss of all labels, a float32 scalar; the caller divides by their number in the global batch.
-
-        ids, labels: [B, T], padded on the right; a label of -100 is none.
-        images: pixels, uint8 [B', 3, H, W]; None: the batch has none.
-        rows: [B'], which of the B examples have the images, in their order; None: all.
-        """
-        if images is None:
-            # A pass of an empty image, at weight 0: whatever other processes have in their batches, all do the same
-            # exchanges with each other, and no parameter is without a gradient.
-            nothing = self.see(ids.new_zeros(1, 3, *2 * [self.config.vision.image_size], dtype=torch.uint8))
-            return self.language.loss(self.language.embed(ids), labels, reduction="sum") + 0 * nothing.float().sum()
-        embeds, mask = self.join(ids, torch.ones_like(ids), self.see(images), rows)
-        labels = insert(labels, labels.new_full((len(ids), self.config.image_tokens), IGNORE))
-        if rows is not None:  # all padding to the right, where attention needs no mask
-            embeds, labels = align(mask, False, embeds, labels)
-        return self.language.loss(embeds, labels, reduction="sum")
-
-    def see(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """Pixels, uint8 [B, 3, H, W] -> image tokens for the language model, [B, M, E]."""
-        with torch.no_grad():
-            x = self.features(self.vision, images)  # [B, M, D]
-            if self.second is not None:
-                x = torch.cat([self.features(self.second, images), x], -1)  # [B, N, D1 + D2]
-        return self.adapter(x)
+        features = []
+        for backbone in (self.vision,) if self.second is None else (self.second, self.vision):
+            x = vit.normalize(images, backbone.config).to(backbone.patch_embed.proj.weight.dtype)
+            with torch.no_grad():
+                x = backbone(x)  # [B, P + N, D]
+            features.append(x if self.config.prefix else x[:, backbone.config.num_prefix :])
+        dtype = next(self.adapter.parameters()).dtype  # bf16 where FSDP gathers the weights in it
+        return self.adapter(torch.cat(features, -1).to(dtype))
 
-    def features(self, backbone: ViT, images: Tensor) -> Tensor:
-        """What a backbone makes of pixels: [B, M, D], with or without prefix tokens."""
-        if images.dtype != torch.uint8:
-            raise VLMError(f"the images are {images.dtype}; give pixels in uint8, as `prepare` makes them")
-        x = backbone(vit.normalize(images, backbone.config).to(backbone.patch_embed.proj.weight.dtype))
-        return x if self.config.prefix else x[:, backbone.config.num_prefix :]
+    def join(self, ids: Tensor, mask: Tensor, tokens: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, S, E] of <s>, M places for an image, and the text; and their mask [B, S].
 
-    def join(self, ids: Tensor, mask: Tensor, image: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, S, E] of <s>, M places for an image, and the text, and the mask [B, S].
-
-        ids, mask: [B, T], <s> in the first column. image: the image tokens [B', M, E] of the examples `rows` (see
-        `forward`). Examples without an image have padding in its places.
+        ids, mask: [B, T], <s> in the first column. tokens: [B', M, E], the image tokens of the samples `rows` (see
+        `forward`). The other samples have padding in these places.
         """
         x, B, M = self.language.embed(ids), len(ids), self.config.image_tokens
         rows = torch.arange(B, device=ids.device) if rows is None else rows
-        image = x.new_zeros(B, M, x.shape[-1]).index_copy(0, rows, image.to(x.dtype))
+        image = x.new_zeros(B, M, x.shape[-1]).index_copy(0, rows, tokens.to(x.dtype))
         return insert(x, image), insert(mask, mask.new_zeros(B, M).index_fill(0, rows, 1))
 
-    # Answers
+    def forward(self, ids: Tensor, labels: Tensor, images: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """The summed loss of all labels, a float32 scalar; the caller divides it by their number in the global batch.
+
+        ids, labels: [B, T], padded on the right; labels of -100 do not count.
+        images: pixels, uint8 [B', 3, H, W]; None: the batch has no image.
+        rows: [B'], the samples that the images belong to, in the order of the images; None: all B, in order.
+        """
+        if images is None:  # an empty image at weight 0: each parameter has a gradient, processes communicate alike
+            size = self.config.vision.image_size
+            nothing = self.encode_images(ids.new_zeros(1, 3, size, size, dtype=torch.uint8))
+            return self.language.loss(self.language.embed(ids), labels, reduction="sum") + 0 * nothing.float().sum()
+        embeds, mask = self.join(ids, torch.ones_like(ids), self.encode_images(images), rows)
+        labels = insert(labels, labels.new_full((len(ids), self.config.image_tokens), IGNORE))
+        if rows is not None:  # all padding moves to the right, where attention needs no mask
+            embeds, labels = align(mask, False, embeds, labels)
+        return self.language.loss(embeds, labels, reduction="sum")
+
+    def read(self, images: Images, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, S, E] of prompts with their images, padded on the left, and their mask [B, S].
+
+        An image that several prompts share (the same object) is encoded once.
+        """
+        images = list(images)  # one look at each: a sequence that opens its files would give new objects the next time
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images for {len(prompts)} prompts; give one image, or None, for each")
+        turns = [[{"from": "human", "value": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+        texts = [encode(self.tokenizer, self.config.template, conversation)[0] for conversation in turns]
+        lengths = [len(text) + self.config.image_tokens * (image is not None) for image, text in zip(images, texts)]
+        longest, context = max(lengths), self.config.language.max_position_embeddings
+        if longest >= context:
+            prompt = f"the prompt {prompts[lengths.index(longest)]!r:.40}... takes {longest} tokens with its image"
+            raise ValueError(f"{prompt}, which leaves no room for an answer in the context of {context}; shorten it")
+        device = self.language.model.embed_tokens.weight.device
+        ids, mask = (tensor.to(device) for tensor in Tokenizer.pad(texts, left=False))
+        rows = [i for i, image in enumerate(images) if image is not None]
+        if rows:
+            distinct = {id(images[i]): images[i] for i in rows}
+            which = [list(distinct).index(id(images[i])) for i in rows]
+            pixels = torch.stack([prepare(image, self.config.vision) for image in distinct.values()])
+            tokens = self.encode_images(pixels.to(device))[which]  # [B', M, E]
+            embeds, mask = self.join(ids, mask, tokens, torch.tensor(rows, device=device))
+        else:
+            embeds = self.language.embed(ids)
+        embeds, mask = align(mask, True, embeds, mask)
+        return embeds[:, -longest:], mask[:, -longest:]  # without columns that are all padding
 
     @torch.no_grad()
-    def generate(
-        self, images: Images, prompts: Sequence[Prompt], max_new_tokens: int = 128, temperature: float = 0.0,
-        generator: torch.Generator | None = None,
-    ) -> list[str]:  # fmt: skip
-        """Answers to B prompts of any lengths, stripped; in float32 each is what the prompt gets alone.
+    def generate(self, images: Images, prompts: Sequence[Prompt], max_new_tokens: int = 128, temperature: float = 0.0,
+                 generator: torch.Generator | None = None) -> list[str]:
+        """Answers to B prompts of any lengths, stripped. In float32 each answer is the one that the prompt gets alone.
 
-        temperature: 0 takes the most likely word; else words are drawn, by the generator.
-        VLMError: as many images as prompts are needed; a prompt longer than the context; an unreadable image.
+        temperature: 0 takes the most likely token; otherwise tokens are sampled with the generator.
+        ValueError: not one image (or None) for each prompt; a prompt longer than the context; an unreadable image.
         """
-        if not prompts:
-            return []
-        embeds, mask, prefix = self.read(images, prompts)
+        embeds, mask = self.read(images, prompts)
         options = dict(max_new_tokens=max_new_tokens, temperature=temperature, generator=generator)
-        texts = self.language.generate(embeds=embeds, mask=mask, stop=self.tokenizer.eos, prefix=prefix, **options)
+        texts = self.language.generate(embeds=embeds, mask=mask, stop=self.tokenizer.eos, **options)
         answers = [self.tokenizer.decode(text).strip() for text in texts]
-        room = self.config.language.max_position_embeddings - embeds.shape[1] - (prefix[0].used if prefix else 0)
+        room = self.config.language.max_position_embeddings - embeds.shape[1]
         for i, text in enumerate(texts):
             if len(text) == room < max_new_tokens and len(texts) > 1:  # the context ended it, behind the longest prompt
                 answers[i] = self.generate([images[i]], [prompts[i]], **options)[0]
         return answers
 
-    def stream(
-        self, image: Image.Image | None, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[str]:  # fmt: skip
-        """The answer to one prompt in pieces, as they come. Arguments: see `generate`."""
+    def stream(self, image: Image.Image | None, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0,
+               generator: torch.Generator | None = None) -> Iterator[str]:
+        """The answer to one prompt in pieces, as they are generated. Arguments and errors: see `generate`."""
         with torch.no_grad():
-            embeds, mask, _ = self.read([image], [prompt])
-        steps = self.language.stream(
-            embeds=embeds, mask=mask, max_new_tokens=max_new_tokens, temperature=temperature, generator=generator,
-            stop=self.tokenizer.eos,
-        )  # fmt: skip
+            embeds, mask = self.read([image], [prompt])
+        options = dict(max_new_tokens=max_new_tokens, temperature=temperature, generator=generator)
+        steps = self.language.stream(embeds=embeds, mask=mask, stop=self.tokenizer.eos, **options)
         yield from self.tokenizer.stream(step.item() for step in steps)
 
     @torch.no_grad()
-    def score(
-        self, images: Images, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]
-    ) -> list[list[float]]:
+    def score(self, images: Images, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> list[list[float]]:
         """The probabilities of each prompt's choices, which sum to 1.
 
-        A choice's probability is that of its first token as the next one, renormalized over the choices. Arguments and
-        errors: see `generate`; also VLMError where choices are none, empty or begin with the same token.
+        A choice's probability is that of its first token as the next token, renormalized over the choices. Arguments
+        and errors: see `generate` and `first_tokens`.
         """
-        if len(choices) != len(prompts):
-            raise VLMError(f"{len(choices)} lists of choices for {len(prompts)} prompts; give one for each")
         firsts = [self.first_tokens(options) for options in choices]
-        if not prompts:
-            return []
-        embeds, mask, prefix = self.read(images, prompts)
-        cache = prefix and prefix[0].take(prefix[1], prefix[0].used + embeds.shape[1])
+        embeds, mask = self.read(images, prompts)
         last = torch.full((len(prompts), 1), embeds.shape[1] - 1, device=embeds.device)
-        logits = self.language(embeds=embeds, mask=mask, cache=cache, positions=last)[:, 0].float().cpu()  # [B, W]
-        return [row[first].softmax(0).tolist() for row, first in zip(logits, firsts)]
+        logits = self.language(embeds=embeds, mask=mask, positions=last)[:, 0].float().cpu()  # [B, W]
+        return [row[first].softmax(0).tolist() for row, first in zip(logits, firsts, strict=True)]
 
     def first_tokens(self, choices: Sequence[str]) -> list[int]:
-        """The id that each choice begins with as an answer."""
-        ids: dict[int, str] = {}
-        for choice in choices:
-            encoded = self.tokenizer.encode(self.config.template.piece(choice.strip(), turn=1))
-            if not encoded:
-                raise VLMError("a choice is empty; give each at least one word")
-            if encoded[0] in ids:
-                raise VLMError(
-                    f"the choices {ids[encoded[0]]!r} and {choice!r} begin with the same token; word them differently"
-                )
-            ids[encoded[0]] = choice
-        if not ids:
-            raise VLMError("a prompt has no choices; give at least one")
-        return list(ids)
-
-    def read(
-        self, images: Images, prompts: Sequence[Prompt]
-    ) -> tuple[Tensor, Tensor, tuple[llama.Cache, Tensor] | None]:
-        """Embeddings [B, S, E] of prompts with their images, padded on the left, the mask [B, S], and a prefix.
-
-        An image that several prompts have (the same object) is seen once. Where there are two prompts or more for each, the
-        language model, too, reads it once: it and <s> are the prefix then, see `Llama.stream`, and the embeddings are the
-        text alone.
-        """
-        images = list(images)  # each taken out once, so that the same one is the same object
-        if len(images) != len(prompts):
-            raise VLMError(f"{len(images)} images for {len(prompts)} prompts; give one, or None, for each")
-        context, M = self.config.language.max_position_embeddings, self.config.image_tokens
-        texts = [self.prompt_ids(prompt) for prompt in prompts]
-        lengths = [len(text) + (M if image else 0) for image, text in zip(images, texts)]
-        for image, prompt, length in zip(images, prompts, lengths):
-            if length >= context:
-                raise VLMError(
-                    f"the prompt {prompt!r:.40}... takes {length} tokens{f', {M} of them the image' if image else ''}, "
-                    f"which leaves no room for an answer in the context of {context}; shorten it"
-                )
-        device = self.language.model.embed_tokens.weight.device
-        distinct = {id(image): image for image in images}
-        number = {key: n for n, key in enumerate(distinct)}
-        which = torch.tensor([number[id(image)] for image in images], device=device)  # [B], of the D distinct ones
-        begins, seen = self.begin(list(distinct.values()), device)
-        ids, mask = (tensor.to(device) for tensor in Tokenizer.pad([text[1:] for text in texts]))
-        text = self.language.embed(ids)
-        longest, shortest = max(map(len, texts)), min(map(len, texts))
-        if 2 * len(distinct) <= len(images) and M + longest == max(lengths) and shortest > 1:  # no row gets longer by it
-            cache = llama.Cache(self.config.language, len(distinct), begins.shape[1], begins.dtype, device)
-            self.language.hidden(begins, seen, cache)
-            return text, mask, (cache, which)
-        embeds, mask = torch.cat([begins[which], text], 1), torch.cat([seen[which], mask], 1)
-        embeds, mask = align(mask, True, embeds, mask)
-        return embeds[:, -max(lengths) :], mask[:, -max(lengths) :], None  # without columns of padding alone
-
-    def begin(self, images: Images, device: torch.device) -> tuple[Tensor, Tensor]:
-        """<s> and an image: embeddings [D, 1 + M, E] and mask, with padding for None; [D, 1, E] if there is no image."""
-        ids = torch.full((len(images), 1), self.tokenizer.bos, device=device)
-        rows = [i for i, image in enumerate(images) if image is not None]
-        if not rows:
-            return self.language.embed(ids), torch.ones_like(ids)
-        tokens = self.see(torch.stack([self.prepare(images[i]) for i in rows]).to(device))
-        return self.join(ids, torch.ones_like(ids), tokens, torch.tensor(rows, device=device))
-
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """<s> and the prompt in its template, up to where the answer begins."""
-        turns = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else prompt
-        if len(turns) % 2 == 0:
-            raise VLMError("a prompt must end with a question from human")
-        return encode(self.tokenizer, self.config.template, turns)[0]
+        """The id that each choice begins with as an answer. ValueError: one is empty, or two begin with the same id."""
+        words = [self.config.template.piece(choice.strip(), turn=1) for choice in choices]
+        firsts = [self.tokenizer.encode(word)[:1] for word in words]
+        if not words or [] in firsts:
+            raise ValueError(f"the choices {list(choices)} are none, or one is empty; give each at least one word")
+        if same := [choice for choice, first in zip(choices, firsts) if firsts.count(first) > 1]:
+            raise ValueError(f"the choices {same} begin with the same token; word them differently")
+        return sum(firsts, [])
 
 
 def insert(text: Tensor, image: Tensor) -> Tensor:
-    """[B, T, ...] and [B, M, ...] -> [B, S, ...]: the image behind the first token, which is <s>."""
+    """[B, T, ...] and [B, M, ...] -> [B, S, ...]: the image after the first token, which is <s>."""
     return torch.cat([text[:, :1], image, text[:, 1:]], 1)
 
 
 def align(mask: Tensor, left: bool, *tensors: Tensor) -> list[Tensor]:
-    """Tensors [B, S] or [B, S, E] with each example's padding (where the mask is 0) moved to the left or the right."""
+    """Tensors [B, S] or [B, S, E] with each sample's padding (where the mask is 0) moved to the left or the right."""
     order = mask.argsort(dim=1, descending=not left, stable=True)  # [B, S]
     rows = torch.arange(len(mask), device=mask.device)[:, None]
     return [tensor[rows, order] for tensor in tensors]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From pre-trained parts
-
+# --- building from pre-trained parts ----------------------------------------------------------------------------------
 
 def load_vision(path: str | Path, config: str | ViTConfig | None = None) -> ViT | Student:
-    """A backbone for `build`: a whole aligned model where the file holds one, else what `vit.load` makes of it.
-
-    Errors: vit.WeightsError.
-    """
-    file = vit.WeightFile(path)
-    aligned = "maskembed" in file.metadata or "decoder.pos_embed" in file.names
+    """A backbone for `build`: the whole aligned model if the file holds one, else the backbone alone."""
+    aligned = "maskembed" in vit.read_tensors(path)[1]
     return (maskembed.load if aligned else vit.load)(path, config)
 
 
-def build(
-    vision: ViT | Student, language: Llama, tokenizer: Tokenizer, adapter: str, second: ViT | None = None,
-    template: Template = TEMPLATES["llama"], max_text: int = 2048,
-) -> VLM:  # fmt: skip
+def build(vision: ViT | Student, language: Llama, tokenizer: Tokenizer, adapter: str, second: ViT | None = None,
+          template: Template = TEMPLATES["llama"], max_text: int = 2048) -> VLM:
     """A model of pre-trained parts, with the adapter as it is before training.
 
     vision: an aligned model (`maskembed.load`), or a plain backbone as a baseline (`vit.load`). Its frozen part and the
-        language model become parts of the VLM as they are, what the adapter takes over is copied.
-    second: `fused-mlp`'s, DINOv2 in the paper, loaded at the image size of the first.
-    max_text: lowered to what the language model's context has room for beside an image.
-    VLMError: parts that do not fit together.
+        language model become parts of the VLM, uncopied; the adapter copies what it starts from.
+    second: the second backbone of `fused-mlp` (DINOv2 in the paper). ValueError: the parts do not fit together.
+    max_text: lowered to what an image leaves of the language model's context.
     """
     aligned = isinstance(vision, Student)
-    whole = aligned and isinstance(vision.decoder, maskembed.Decoder) and isinstance(vision.head, nn.Linear)
-    if adapter == "decoder" and not whole:
-        what = "this one was aligned without them" if aligned else "this is a plain one"
-        raise VLMError(
-            f"adapter decoder: needs an aligned backbone with its head and decoder, and {what}; "
-            f"give what train_align.py wrote, or take another adapter"
-        )
     backbone = vision.encoder if aligned else vision
-    config = VLMConfig(
-        adapter, aligned, backbone.config, language.config, second.config if second else None,
-        vision.decoder.options if adapter == "decoder" else None, template,
-    )  # fmt: skip
+    if adapter == "decoder" and not (aligned and isinstance(vision.decoder, maskembed.Decoder)):
+        what = "was aligned without a decoder" if aligned else "is not aligned"
+        raise ValueError(f"adapter decoder: needs an aligned backbone with its decoder, and this one {what}; give a "
+                         "file that train_align.py wrote, or choose another adapter")
+    config = VLMConfig(adapter, aligned, backbone.config, language.config, second.config if second else None,
+                       vision.decoder.options if adapter == "decoder" else None, template)
     room = language.config.max_position_embeddings - config.image_tokens
     with torch.device("meta"):  # no memory and no time for values that are replaced
         model = VLM(replace(config, max_text=min(max_text, room)), tokenizer)
@@ -607,161 +431,95 @@ def build(
             ours.load_state_dict({name: state[name] for name in ours.state_dict()}, assign=True)
     model.language = language
     model.adapter = ADAPTERS[adapter](model.config)
-    model.adapter.start(vision)
+    if adapter in ("decoder", "truncated"):
+        model.adapter.start(vision if adapter == "decoder" else backbone)
     return model.eval()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-
+# --- files ------------------------------------------------------------------------------------------------------------
 
 def save(model: VLM, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-    """Write config.json, model.safetensors and tokenizer.model. A VLM that is there already is replaced.
+    """Write config.json, model.safetensors and tokenizer.model. A VLM that is in the folder already is replaced.
 
-    All three are complete under temporary names before the first is moved into place.
-    state: the parameters by name, where those of the model itself are spread over processes.
-    VLMError: the folder holds something else. OSError: it cannot be written.
+    All three are complete in a hidden folder before the first is moved into place.
+    state: the parameters by name, where the model's own are sharded over processes.
+    ValueError: the folder holds something else. OSError: it cannot be written.
     """
-    folder = Path(folder)
+    folder, own = Path(folder), dict(model.named_parameters())  # a tied layer once
     if (folder / "config.json").exists():
         read_config(folder)
     elif folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):  # a killed run leaves hidden files
-        raise VLMError(f"{folder}: is there already and no VLM; name a new folder")
-    own = dict(model.named_parameters())
-    state = {name: (own if state is None else state)[name] for name in own}  # tied layers once
-    contents = {
-        "config.json": json.dumps(asdict(model.config), indent=2).encode(),
-        "tokenizer.model": model.tokenizer.pieces.serialized_model_proto(),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".new.{name}" for name in (*contents, "model.safetensors")}
+        raise ValueError(f"{folder}: exists and is not a VLM; name a new folder")
+    new = folder / ".new"
+    new.mkdir(parents=True, exist_ok=True)
     try:
-        for name, content in contents.items():
-            temporary[name].write_bytes(content)
-        vit.save_tensors(state, temporary["model.safetensors"], {})
-        for name, file in temporary.items():
-            file.replace(folder / name)
+        (new / "config.json").write_text(json.dumps(asdict(model.config), indent=2))
+        (new / "tokenizer.model").write_bytes(model.tokenizer.pieces.serialized_model_proto())
+        vit.save_tensors({name: (state or own)[name] for name in own}, new / "model.safetensors", {})
+        for file in ("config.json", "tokenizer.model", "model.safetensors"):
+            (new / file).replace(folder / file)
     finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def read_config(folder: str | Path) -> VLMConfig:
-    """The config of a VLM's folder. VLMError: it is none."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise VLMError(f"{folder}: holds no VLM (no config.json); give a folder that vlm.save or train_vlm.py wrote")
-    values = llama.read_json(folder / "config.json")
+    """The config of a VLM's folder. ValueError: the folder holds no VLM."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder}: holds no VLM (no config.json); give a folder that train_vlm.py wrote")
+    parts = dict(vision=ViTConfig, language=LlamaConfig, second=ViTConfig, template=Template)
+    values = llama.read_json(file)
     try:
-        return VLMConfig.from_json(values)
+        return VLMConfig(**values | {k: kind(**values[k]) for k, kind in parts.items() if values[k] is not None})
     except (TypeError, KeyError):
-        raise VLMError(
-            f"{folder / 'config.json'}: is no VLM's, or another version's; give a folder that train_vlm.py wrote"
-        ) from None
+        raise ValueError(f"{file}: is not a VLM's config; give a folder that train_vlm.py wrote") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 @torch.no_grad()
-def load(
-    folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", pack: bool = False
-) -> VLM:
-    """A model with the weights of a folder, in evaluation mode. The file is mapped: there is no second copy.
-
-    pack: arrange the language model for fast answers on a CPU (`llama.pack`; needs oneDNN, else nothing is done); it can
-        no longer be trained or saved.
-    Errors: VLMError, llama.LlamaError and vit.WeightsError, which name the file and what is wrong with it.
-    """
-    folder = Path(folder)
-    config = read_config(folder)
-    tokenizer = Tokenizer(folder, config.language.vocab_size)
-    with torch.device("meta"):
+def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VLM:
+    """A model with the weights of a folder, in evaluation mode. ValueError: names the file and what is wrong."""
+    config, path = read_config(folder), Path(folder) / "model.safetensors"
+    tokenizer = Tokenizer(Path(folder), config.language.vocab_size)
+    tensors = vit.read_tensors(path)[0]
+    with torch.device("meta"):  # no memory and no time for values that the file replaces
         model = VLM(config, tokenizer).to(dtype)
     model.to_empty(device=device).language.tie()
-    fill(model, open_weights(folder))
-    if pack and torch.backends.mkldnn.is_available():
-        llama.pack(model.language)
+    parameters = dict(model.named_parameters())
+    for name in sorted({*parameters, *tensors}):
+        if name not in parameters or name not in tensors or tensors[name].shape != parameters[name].shape:
+            raise ValueError(f"{path}: tensor {name} is missing, unknown or of another shape than config.json asks "
+                             "for; copy the whole folder that train_vlm.py wrote")
+        parameters[name].copy_(tensors[name])
     return model.eval()
 
 
-def open_weights(folder: Path) -> vit.WeightFile:
-    """The weights in a VLM's folder."""
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise VLMError(f"{path}: is missing; copy the whole folder that train_vlm.py wrote")
-    return vit.WeightFile(path)
-
-
-def fill(model: VLM, file: vit.WeightFile) -> None:
-    """Copy a file's tensors into a model's parameters; VLMError if they are not this model's."""
-    parameters, other = dict(model.named_parameters()), "the file or the config.json is another model's"
-    if odd := parameters.keys() ^ set(file.names):
-        what = "is missing" if min(odd) in parameters else "has no place in the model"
-        raise VLMError(f"{file.path}: tensor {min(odd)} {what}; {other}")
-    for name, parameter in sorted(parameters.items(), key=lambda item: -item[1].numel()):
-        value = file[name]  # the largest first: little is mapped when the most is read
-        if value.shape != parameter.shape:
-            raise VLMError(
-                f"{file.path}: tensor {name} is {list(value.shape)}, not {list(parameter.shape)}; {other}"
-            )
-        parameter.copy_(value)
-
-
-def export(folder: str | Path, target: str | Path) -> None:
-    """The language model of a VLM's folder, in a new folder in transformers' layout, with its tokenizer.
-
-    The dtype stays. Errors: as in `load`; LlamaError: the target is there already.
-    """
-    folder = Path(folder)
-    config, file = read_config(folder), open_weights(folder)
-    prefix = "language."
-    names = [name.removeprefix(prefix) for name in file.names if name.startswith(prefix)]
-    with llama.new_folder(target) as temporary:
-        llama.write_transformers(temporary, config.language, names, lambda name: file[prefix + name])
-        shutil.copyfile(folder / "tokenizer.model", temporary / "tokenizer.model")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
-
+# --- the command ------------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; its help is `python vlm.py --help`."""
+    """Ask a model a question about an image, and print the answer as it is generated."""
     parser = argparse.ArgumentParser(description="Ask a vision-language model about an image.")
-    parser.add_argument("model", help="folder of a VLM")
-    parser.add_argument("image", nargs="?", help="image file; - for a question without an image")
-    parser.add_argument("question", nargs="?")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="the longest answer (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most likely word")
-    parser.add_argument("--seed", type=int, default=0, help="of the words drawn at a temperature")
-    parser.add_argument("--export", metavar="FOLDER", help="write the language model in transformers' layout instead")
-    args = parser.parse_args(argv)
-    if (args.export is None) == (args.question is None) or args.export and args.image:
-        parser.error("give an image and a question, or --export and neither")
-    if args.max_new_tokens < 1 or args.temperature < 0:
-        parser.error("--max-new-tokens must be at least 1, --temperature at least 0")
-    try:
-        if args.export:
-            export(args.model, args.export)
-            print(f"{args.export}: the language model, in transformers' layout")
-        else:
-            answer(args)
-    except (VLMError, LlamaError, WeightsError, OSError) as error:
-        sys.exit(f"vlm.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def answer(args: argparse.Namespace) -> None:
-    """Print the answer as it comes."""
-    image = None if args.image == "-" else open_image(args.image)
-    if torch.cuda.is_available():
-        model = load(args.model, torch.bfloat16, "cuda")
-    else:
-        model = load(args.model, pack=True)
-    generator = torch.Generator(model.language.model.embed_tokens.weight.device).manual_seed(args.seed)
-    for piece in model.stream(image, args.question, args.max_new_tokens, args.temperature, generator):
+    parser.add_argument("model", help="a VLM's folder, as train_vlm.py writes it")
+    parser.add_argument("image", help="an image file; - to ask without an image")
+    parser.add_argument("question")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="length of the longest answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token")
+    parser.add_argument("--seed", type=int, default=0, help="for sampling at a temperature above 0")
+    o = parser.parse_args(argv)
+    image = None if o.image == "-" else Image.open(o.image)
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model = load(o.model, dtype, device)
+    generator = torch.Generator(device).manual_seed(o.seed)
+    for piece in model.stream(image, o.question, o.max_new_tokens, o.temperature, generator):
         print(piece, end="", flush=True)
     print()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"vlm.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

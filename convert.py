@@ -1,0 +1,417 @@
+"""Other projects' weights, in and out. Needs vit.py, llama.py and maskembed.py beside it.
+
+    python convert.py vit clip-vit-b model.safetensors clip-vit-b.safetensors  # timm's, transformers', MoCo's, ...
+    python convert.py llama llama-2-7b/ Llama-2-7b-hf/                         # Meta's layout -> transformers', or back
+    python convert.py export aligned.safetensors out/ --layout transformers    # ours -> timm's or transformers'
+    python convert.py info aligned.safetensors
+
+A foreign layout is one table of names, used in both directions.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import llama
+import maskembed
+import vit
+from llama import LlamaConfig
+from maskembed import Student
+from vit import ViT, ViTConfig
+
+# --- vision transformers: names ---------------------------------------------------------------------------------------
+
+# Parts of our names -> parts of theirs; what is not listed is alike. `query|key|value` are three tensors there and one
+# here, joined in this order.
+HF = {  # what ViT, BEiT and DINOv2 of transformers share
+    "cls_token": "embeddings.cls_token",
+    "reg_token": "embeddings.register_tokens",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "blocks": "encoder.layer",
+    "attn.qkv": "attention.attention.query|key|value",
+    "attn.proj": "attention.output.dense",
+    "norm": "layernorm",
+}
+HF_VIT = HF | {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+HF_VIT |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+LAYOUTS: dict[str, dict[str, str]] = {
+    "timm": {},  # timm's names are ours; the authors of MoCo v3 and MaskEmbed put a prefix before them
+    "clip": {  # transformers' CLIP and SigLIP
+        "cls_token": "embeddings.class_embedding",
+        "pos_embed": "embeddings.position_embedding.weight",
+        "patch_embed.proj": "embeddings.patch_embedding",
+        "blocks": "encoder.layers",
+        "attn.qkv": "self_attn.q_proj|k_proj|v_proj",
+        "attn.proj": "self_attn.out_proj",
+        "norm1": "layer_norm1", "norm2": "layer_norm2", "norm_pre": "pre_layrnorm", "norm": "post_layernorm",
+    },
+    "dinov2": HF | {"ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1"},
+    "beit": HF_VIT | {
+        "attn.q_bias": "attention.attention.query.bias",
+        "attn.v_bias": "attention.attention.value.bias",
+        "attn.relative_position_bias_table": "attention.attention.relative_position_bias.relative_position_bias_table",
+        "gamma_1": "lambda_1", "gamma_2": "lambda_2",
+    },
+    "vit": HF_VIT,
+}  # fmt: skip
+MARKS = {  # a tensor that tells the layout: the first one found; what stands before it stands before every name
+    "timm": "patch_embed.proj.weight",
+    "clip": "embeddings.patch_embedding.weight",
+    "dinov2": "encoder.layer.0.norm1.weight",
+    "beit": "encoder.layer.0.lambda_1",
+    "vit": "encoder.layer.0.layernorm_before.weight",
+}
+LEFT_OUT = vit.LEFT_OUT | set(  # other towers, pooling, heads, buffers
+    "pooler classifier decoder text_model visual_projection text_projection logit_scale logit_bias position_ids "
+    "momentum_encoder predictor".split()
+)
+
+
+def detect_layout(names: list[str], path: str | Path) -> tuple[str, str]:
+    """(layout, prefix of every name) of the tensors with these names. ValueError: it is none that is known."""
+    for layout, mark in MARKS.items():
+        for name in names:
+            if name.endswith(mark) and LEFT_OUT.isdisjoint(name.split(".")):
+                return layout, name.removesuffix(mark)
+    first = next(iter(names), "missing")
+    raise ValueError(f"{path}: its first tensor is {first}; give a ViT of timm, transformers, MoCo v3 or this project")
+
+
+def foreign_names(name: str, layout: str) -> list[str]:
+    """A parameter's name (three for q, k, v) in a layout: blocks.3.gamma_1 -> [encoder.layer.3.lambda_1]."""
+    for ours, theirs in LAYOUTS[layout].items():
+        name = re.sub(rf"\b{ours}\b", theirs, name)
+    joined = next((part for part in name.split(".") if "|" in part), name)
+    return [name.replace(joined, part) for part in joined.split("|")]
+
+
+# --- vision transformers: in ------------------------------------------------------------------------------------------
+
+def convert_vit(name: str, source: str | Path, target: str | Path, image_size: int | None = None) -> str:
+    """Any layout -> a file of ours, of the backbone's image size or another. Returns the line to print."""
+    config = vit.BACKBONES[name]
+    if image_size is not None and image_size < config.patch_size:
+        raise ValueError(f"--image-size {image_size}: holds no patch of {config.patch_size} pixels; give more")
+    model = read_vit(source, replace(config, image_size=image_size or config.image_size))
+    if isinstance(model, Student):
+        maskembed.save(model, target)
+        return f"{target}: {name}, aligned. Next: python probe.py {target} --data DIR"
+    vit.save(model, target)
+    return f"{target}: {name}. Next: python train_align.py --recipe {name} --weights {target} --data DIR"
+
+
+def read_vit(path: str | Path, config: ViTConfig) -> ViT | Student:
+    """A backbone, or a whole aligned model of the authors, from a file in any known layout. ValueError: it has none."""
+    tensors, metadata = vit.read_tensors(path)
+    if "config" in metadata:  # ours already
+        return vit.load(path, config)
+    layout, prefix = detect_layout(list(tensors), path)
+    if prefix == "encoder.":
+        return read_aligned(config, tensors, path)
+    return fill(config, tensors, layout, prefix, path)
+
+
+def fill(config: ViTConfig, tensors: dict[str, Tensor], layout: str, prefix: str, path: str | Path) -> ViT:
+    """A model with a foreign layout's tensors. ValueError: they are not this model's."""
+    with torch.device("meta"):  # no memory and no time for initial values that the file replaces
+        model = ViT(config)
+    state, rest = {}, {k: value for k, value in tensors.items() if LEFT_OUT.isdisjoint(k.split("."))}
+    for name, _ in model.named_parameters():
+        parts = [prefix + part for part in foreign_names(name, layout)]
+        if rest.keys() >= set(parts):
+            state[name] = torch.cat([rest.pop(part) for part in parts]) if len(parts) > 1 else rest.pop(parts[0])
+    for name in {"cls_token", "pos_embed"} & state.keys():  # CLIP has no batch axis on them
+        state[name] = state[name].view(1, -1, state[name].shape[-1])
+    if layout == "dinov2" and config.pos_embed == "patches":  # the class token's position goes into the token
+        state["cls_token"] = state["cls_token"].float() + state["pos_embed"][:, :1].float()
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    model.to_empty(device="cpu")
+    vit.fill(model, state | rest, path)  # which refuses what is missing or left over
+    return model.eval()
+
+
+def read_aligned(config: ViTConfig, tensors: dict[str, Tensor], path: str | Path) -> ViT | Student:
+    """A checkpoint of the MaskEmbed authors: the whole aligned model, or the encoder if it has no decoder."""
+    fresh = {"encoder.norm.weight", "encoder.head.weight"} <= tensors.keys()  # a new final norm comes with the head
+    softcap = 30.0 if config.family == "vit" else None
+    config = replace(config, final_norm=1e-5 if fresh else config.final_norm, softcap=softcap)
+    encoder = fill(config, tensors, "timm", "encoder.", path)
+    if "decoder.pos_embed" not in tensors:
+        return encoder
+    own = {name.replace("encoder.head.", "head."): value.float() for name, value in tensors.items()}
+    own = {name: value for name, value in own.items() if name.startswith(("head.", "decoder."))}
+    depth = len({name.split(".")[2] for name in own if name.startswith("decoder.blocks.")})
+    width = own["decoder.pos_embed"].shape[-1]
+    head = nn.Linear(config.embed_dim, width)  # the authors keep it in the encoder
+    student = Student(encoder, head, maskembed.Decoder(config, depth, width), "penultimate")
+    own["decoder.pos_embed"] = vit.resample_positions(own["decoder.pos_embed"], config.grid, config.num_prefix)
+    try:
+        student.load_state_dict(own | {f"encoder.{k}": v for k, v in encoder.state_dict().items()})
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its decoder is incomplete ({str(error).splitlines()[1].strip()})") from None
+    return student.eval()
+
+
+# --- vision transformers: out -----------------------------------------------------------------------------------------
+
+def export_vit(source: str | Path, target: str | Path, layout: str) -> list[str]:
+    """Write the backbone in a file of ours for other people's code; returns what its user must know, a sentence each.
+
+    layout "timm": a file for timm.create_model(..., num_classes=0); "transformers": a folder for from_pretrained.
+    """
+    model = vit.load(source)
+    config, state, notes = model.config, model.state_dict(), []
+    if config.softcap is not None:
+        notes.append(f"The soft-cap of {config.softcap:g} is lost: {layout} has none, so large logits change.")
+    if config.final_norm not in (None, config.norm_eps):
+        notes.append(f"Set the final norm's eps to {config.final_norm:g}: {layout} gives it {config.norm_eps:g}.")
+    if layout == "timm":
+        if config.family == "beit" and config.final_norm is None:
+            state |= unit_norm("fc_norm", config)
+        elif config.family == "beit" or not config.class_token:
+            notes.append("Create timm's model with global_pool='': a final norm and no pooling.")
+        vit.save_tensors(state, target, {})
+        return notes
+    state, description = to_transformers(model)
+    if description["model_type"] == "vit":
+        notes.append("Load it with add_pooling_layer=False: there are no weights for a pooling layer.")
+    vit.save_tensors(state, Path(target) / "model.safetensors", {})
+    (Path(target) / "config.json").write_text(json.dumps(description, indent=2))
+    return notes
+
+
+def to_transformers(model: ViT) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """A backbone's tensors under transformers' names, and its config.json. ValueError: there is no such class there."""
+    c = model.config
+    if c.family == "eva02":
+        raise ValueError("transformers has no EVA02; use --layout timm")
+    beit = dict(use_relative_position_bias=True, use_mean_pooling=c.final_norm is None)
+    dinov2 = dict(mlp_ratio=int(c.mlp_ratio))
+    kinds = [  # the first one that applies: layout, model_type, what its config needs in addition
+        (c.family == "beit", "beit", "beit", beit),
+        (c.registers, "dinov2", "dinov2_with_registers", dinov2 | dict(num_register_tokens=c.registers)),
+        (c.layer_scale, "dinov2", "dinov2", dinov2),
+        (c.pre_norm, "clip", "clip_vision_model", {}),
+        (not c.class_token, "clip", "siglip_vision_model", dict(vision_use_head=False)),
+        (True, "vit", "vit", {}),
+    ]
+    layout, model_type, extra = next(kind[1:] for kind in kinds if kind[0])
+    hidden = int(c.embed_dim * c.mlp_ratio)
+    description = dict(model_type=model_type, image_size=c.image_size, patch_size=c.patch_size, hidden_act=c.act)
+    description |= dict(hidden_size=c.embed_dim, num_hidden_layers=c.depth, num_attention_heads=c.num_heads)
+    description |= dict(intermediate_size=hidden, layer_norm_eps=c.norm_eps, torch_dtype="float32") | extra
+    state = {}
+    for name, value in model.state_dict().items():
+        names = foreign_names(name, layout)
+        state |= zip(names, value.chunk(len(names)))
+    zero = torch.zeros(1, 1, c.embed_dim)
+    if layout == "clip":  # no batch axis on class token and positions
+        state = {f"vision_model.{name}": value.squeeze() for name, value in state.items()}
+    elif layout == "dinov2":
+        state["embeddings.mask_token"] = zero[0]
+        if c.pos_embed == "patches":  # theirs has an entry for the class token, ours has it in the class token
+            state["embeddings.position_embeddings"] = torch.cat([zero, model.pos_embed.detach()], 1)
+    elif layout == "beit" and c.final_norm is None:
+        state |= unit_norm("pooler.layernorm", c)
+    return state, description
+
+
+def unit_norm(name: str, config: ViTConfig) -> dict[str, Tensor]:
+    """The norm after BEiT's pooling, which both libraries require and no token passes."""
+    return {f"{name}.weight": torch.ones(config.embed_dim), f"{name}.bias": torch.zeros(config.embed_dim)}
+
+
+# --- language models --------------------------------------------------------------------------------------------------
+
+# The last part of our names (transformers'): Meta's, and the dimension that its shards split (None: each has it whole).
+META: dict[str, tuple[str, int | None]] = {
+    "embed_tokens": ("tok_embeddings", 1), "lm_head": ("output", 0), "norm": ("norm", None),
+    "q_proj": ("attention.wq", 0), "k_proj": ("attention.wk", 0), "v_proj": ("attention.wv", 0),
+    "o_proj": ("attention.wo", 1),
+    "gate_proj": ("feed_forward.w1", 0), "up_proj": ("feed_forward.w3", 0), "down_proj": ("feed_forward.w2", 1),
+    "input_layernorm": ("attention_norm", None), "post_attention_layernorm": ("ffn_norm", None),
+}  # fmt: skip
+
+
+def meta_name(name: str) -> tuple[str, int | None]:
+    """Meta's name, and the dimension that its shards split: model.norm.weight -> (norm.weight, None)."""
+    part, dim = META[name.split(".")[-2]]
+    layer = re.match(r"model\.(layers\.\d+\.)", name)
+    return f"{layer[1] if layer else ''}{part}.weight", dim
+
+
+def pairs(weight: Tensor, d: int, meta: bool) -> Tensor:
+    """A q or k projection [H * d, D] in the other layout: Meta has the two channels of each rotated pair side by side,
+    transformers all first ones of a head before all second ones. meta: it is in Meta's."""
+    split = weight.view(-1, d // 2, 2, weight.shape[1]) if meta else weight.view(-1, 2, d // 2, weight.shape[1])
+    return split.transpose(1, 2).reshape(weight.shape)
+
+
+def from_meta(source: Path, target: Path) -> None:
+    """A folder of Meta's (params.json, consolidated.00.pth, ...) -> transformers' layout, in a folder that exists."""
+    files = sorted(source.glob("consolidated.*.pth"))
+    for i in range(max(1, len(files))):
+        if source / f"consolidated.{i:02d}.pth" not in files:
+            raise ValueError(f"{source / f'consolidated.{i:02d}.pth'}: is missing; download it")
+    shards = [vit.read_tensors(file)[0] for file in files]
+    config = meta_config(llama.read_json(source / "params.json"), shards, source / "params.json")
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in llama.Llama(config).named_parameters()}
+    sources, other = {meta_name(name)[0] for name in shapes}, "a file is missing, or one is another model's"
+    for file, shard in zip(files, shards):
+        if odd := sources ^ (shard.keys() - {"rope.freqs"}):
+            what = "is missing" if min(odd) in sources else "has no place in the model"
+            raise ValueError(f"{file}: tensor {min(odd)} {what}; {other}")
+
+    def get(name: str) -> Tensor:
+        theirs, dim = meta_name(name)
+        value = shards[0][theirs] if dim is None else torch.cat([shard[theirs] for shard in shards], dim)
+        if value.shape != shapes[name]:
+            raise ValueError(f"{source}: tensor {theirs} is {list(value.shape)}, not {list(shapes[name])}; {other}")
+        return pairs(value, config.head_size, meta=True) if name.endswith(("q_proj.weight", "k_proj.weight")) else value
+
+    llama.write(target, config, list(shapes), get)
+
+
+def meta_config(values: dict, shards: list[dict[str, Tensor]], file: Path) -> LlamaConfig:
+    """A config from the contents of params.json, which leave two sizes to the tensors."""
+    if values.get("use_scaled_rope"):
+        raise ValueError(f"{file}: scales the rotary embedding, which Llama 2 does not; give a Llama 2 model")
+    rows = {name: sum(len(shard[name]) for shard in shards if name in shard) for name in shards[0]}
+    try:
+        sizes = dict(vocab_size=rows["output.weight"], intermediate_size=rows["layers.0.feed_forward.w1.weight"])
+        heads = dict(num_attention_heads=values["n_heads"], num_key_value_heads=values.get("n_kv_heads"))
+        other = dict(rms_norm_eps=values["norm_eps"], rope_theta=values.get("rope_theta") or 10000.0)
+        return LlamaConfig(hidden_size=values["dim"], num_hidden_layers=values["n_layers"], **sizes, **heads, **other)
+    except KeyError as error:
+        raise ValueError(f"{file}: it or the weights lack {error.args[0]}; download them again") from None
+
+
+def to_meta(source: Path, target: Path) -> None:
+    """A folder of transformers' -> params.json and one consolidated.00.pth, which is in memory as a whole."""
+    values = llama.read_json(source / "config.json")
+    model = llama.load(source, getattr(torch, values.get("dtype") or values.get("torch_dtype") or "float32"))
+    config, state = model.config, {}
+    for name, value in model.named_parameters():
+        turned = name.endswith(("q_proj.weight", "k_proj.weight"))
+        state[meta_name(name)[0]] = pairs(value.detach(), config.head_size, meta=False) if turned else value.detach()
+    state.setdefault("output.weight", state["tok_embeddings.weight"])  # tied embeddings
+    (target / "params.json").write_text(json.dumps(meta_params(config)))
+    torch.save(state, target / "consolidated.00.pth")
+
+
+def meta_params(config: LlamaConfig) -> dict[str, object]:
+    """The contents of Meta's params.json. ValueError for a shape that Meta's code does not know."""
+    if config.head_size * config.num_attention_heads != config.hidden_size:
+        raise ValueError("Meta's layout only has heads of hidden_size / heads channels; keep transformers' layout")
+    values = dict(dim=config.hidden_size, n_layers=config.num_hidden_layers, n_heads=config.num_attention_heads)
+    values |= dict(n_kv_heads=config.kv_heads, norm_eps=config.rms_norm_eps, vocab_size=config.vocab_size)
+    usual, size, values["multiple_of"] = 8 * config.hidden_size // 3, config.intermediate_size, 256
+    if -(-usual // 256) * 256 != size:  # not 8/3 of the width, rounded up
+        values["multiple_of"] = size  # rounds up to exactly this, once the number before is no larger
+        values |= dict(ffn_dim_multiplier=(size + 0.5) / usual) if usual > size else {}
+    return values | (dict(rope_theta=config.rope_theta) if config.rope_theta != 10000.0 else {})
+
+
+@contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """A folder under a temporary name, moved into place once it is complete. ValueError: the target exists."""
+    target = Path(target).resolve()
+    if target.is_file() or target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"{target}: exists already; name a new folder")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(target)
+    except RuntimeError as error:  # torch.save turns a full disk into this
+        raise OSError(f"{target}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def convert_llama(source: str | Path, target: str | Path) -> str:
+    """Meta's layout -> transformers', or back, in a new folder; the dtype stays. Returns the line to print."""
+    source, meta = Path(source), (Path(source) / "params.json").is_file()
+    with new_folder(target) as temporary:
+        (from_meta if meta else to_meta)(source, temporary)
+        for folder in (source, source.resolve().parent)[: 2 if meta else 1]:  # Meta's download has it one level up
+            if (folder / "tokenizer.model").is_file() and not (temporary / "tokenizer.model").exists():
+                shutil.copyfile(folder / "tokenizer.model", temporary / "tokenizer.model")
+    return f"{target}: written in the layout of {'transformers' if meta else 'Meta'}"
+
+
+def export_language(folder: str | Path, target: str | Path, layout: str) -> list[str]:
+    """The language model of a VLM's folder in a new folder in transformers' layout, with its tokenizer. Returns []."""
+    language = llama.read_json(Path(folder) / "config.json").get("language")
+    if language is None or layout != "transformers":
+        raise ValueError(f"{folder}: give a file, or a VLM's folder (train_vlm.py writes it) and --layout transformers")
+    tensors, prefix = vit.read_tensors(Path(folder) / "model.safetensors")[0], "language."
+    names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+    with new_folder(target) as temporary:
+        llama.write(temporary, LlamaConfig(**language), names, lambda name: tensors[prefix + name])
+        shutil.copyfile(Path(folder) / "tokenizer.model", temporary / "tokenizer.model")
+    return []
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+def describe(path: str | Path) -> str:
+    """What `info` prints: layout, size, metadata."""
+    tensors, metadata = vit.read_tensors(path)
+    layout, prefix = detect_layout(list(tensors), path)
+    count = sum(value.numel() for value in tensors.values())
+    lines = [f"{path}: {len(tensors)} tensors, {count:,} numbers, layout {layout}" + (prefix and f" after {prefix}")]
+    config = vit.read_config(metadata, path)
+    known = metadata | (asdict(config) if config else {})
+    return "\n".join(lines + [f"  {key}: {value}" for key, value in known.items() if key not in ("config", "format")])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; its help is `python convert.py --help`."""
+    parser = argparse.ArgumentParser(description="Convert weights of vision transformers and Llama 2.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("vit", help="a file in any layout -> a file of ours")
+    command.add_argument("name", choices=vit.BACKBONES, metavar="NAME", help=", ".join(vit.BACKBONES))
+    command.add_argument("source", help="file of timm, transformers, MoCo v3, the MaskEmbed authors, or ours")
+    command.add_argument("target", help="the file to write, .safetensors")
+    command.add_argument("--image-size", type=int, help="resample position embeddings to this input size")
+    command = commands.add_parser("llama", help="Meta's layout -> transformers', or back; the folder says which it is")
+    command.add_argument("source", help="folder with params.json (Meta) or config.json (transformers)")
+    command.add_argument("target", help="the folder to make")
+    command = commands.add_parser("export", help="a file of ours, or a VLM's folder -> timm's or transformers' layout")
+    command.add_argument("file", help="file of ours, also an aligned one; or a VLM's folder, for its language model")
+    command.add_argument("target", help="timm: the file to write, .safetensors; transformers: the folder to make")
+    command.add_argument("--layout", choices=("timm", "transformers"), required=True)
+    command = commands.add_parser("info", help="what a file of a vision transformer holds")
+    command.add_argument("file")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "vit":
+            print(convert_vit(args.name, args.source, args.target, args.image_size))
+        elif args.command == "llama":
+            print(convert_llama(args.source, args.target))
+        elif args.command == "export":
+            how = export_language if Path(args.file).is_dir() else export_vit
+            for note in how(args.file, args.target, args.layout):
+                print(f"Note: {note}")
+            print(f"{args.target}: written in the layout of {args.layout}")
+        else:
+            print(describe(args.file))
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
