@@ -186,8 +186,9 @@ def export_vit(source: str | Path, target: str | Path, layout: str) -> list[str]
     state, description = to_transformers(model)
     if description["model_type"] == "vit":
         notes.append("Load it with add_pooling_layer=False: there are no weights for a pooling layer.")
-    vit.save_tensors(state, Path(target) / "model.safetensors", {})
-    (Path(target) / "config.json").write_text(json.dumps(description, indent=2))
+    with new_folder(target) as folder:
+        vit.save_tensors(state, folder / "model.safetensors", {})
+        (folder / "config.json").write_text(json.dumps(description, indent=2))
     return notes
 
 

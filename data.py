@@ -444,7 +444,7 @@ def unpack(packed: Tensor, classes: int) -> Tensor:
     return (packed[..., None] >> bits & 1).flatten(-2)[..., :classes].bool()
 
 
-# --- conversations about images (sections 5, D) -----------------------------------------------------------------------
+# --- conversations about images (section 5, appendix D) ---------------------------------------------------------------
 
 # lists of ids and of labels (-100: not learned), the image (a tensor or None), and what is wrong with it (or None)
 Example = namedtuple("Example", "ids labels image bad", defaults=[None])
@@ -475,7 +475,7 @@ class Conversations(Dataset):
             example = self.describe(self.left_out[0])
             check_unreadable(bad, len(self), "conversations", example)
             if bad == len(self):
-                raise ValueError(f"not one conversation can be used, such as {example}")
+                raise ValueError(f"no conversation can be used; for example, {example}")
 
     def _measure(self, rows: list[int]) -> np.ndarray:
         """How many ids each row has (0: it cannot be used), and whether it has an image: int32 [2, rows]."""
@@ -518,7 +518,7 @@ class Conversations(Dataset):
 
 def read_rows(path: Path) -> list[object]:
     """The rows of a JSON list or of JSON lines. ValueError: it has none, or a line, which is named, is not JSON."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         text, rows = file.read(), []
     for before, part in enumerate([text] if text.lstrip()[:1] == "[" else map("[{}]".format, text.split("\n"))):
         try:
@@ -552,7 +552,9 @@ class ConversationBatches(Batches):
     def __init__(self, source: Conversations, global_batch: int, *more: int, **named: int):
         self.lengths, usable = source.lengths, source.lengths > 0
         self.kinds = [np.flatnonzero(usable & kind) for kind in (source.has_image, ~source.has_image)]
-        whole = sum(len(kind) // global_batch for kind in self.kinds)
+        if not (whole := sum(len(kind) // global_batch for kind in self.kinds)):
+            counts = " and ".join(f"{len(kind)} {how} images" for kind, how in zip(self.kinds, ("with", "without")))
+            raise ValueError(f"{counts}: neither kind of conversations fills a global batch of {global_batch}")
         super().__init__(whole * global_batch, global_batch, *more, **named)
 
     def order(self, epoch: int) -> Tensor:

@@ -5,7 +5,7 @@
     answers = [tokenizer.decode(answer) for answer in model.generate(ids, mask=mask)]
 
 Parameter names are transformers'; convert.py translates Meta's. The file needs no other one of the project: copy it.
-Shapes: B batch, T new tokens, S places in the cache, D width, H heads, K heads of keys and values, d = D / H, W words.
+Shapes: B batch, T new tokens, S cache size, D width, H heads, K heads of keys and values, d = D / H, W vocabulary size.
 """
 
 import json
@@ -41,7 +41,7 @@ class LlamaConfig:
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    tie_word_embeddings: bool = False  # the output layer shares the weights of the word embedding
+    tie_word_embeddings: bool = False  # the output layer shares the weights of the token embedding
 
     def __post_init__(self) -> None:
         D, H, K = self.hidden_size, self.num_attention_heads, self.kv_heads
@@ -83,12 +83,6 @@ class LlamaConfig:
         values |= dict(rope_parameters=dict(rope_type="default", rope_theta=self.rope_theta))
         return values | dict(bos_token_id=1, eos_token_id=2, dtype=name, torch_dtype=name)
 
-
-LLAMAS: dict[str, LlamaConfig] = {
-    "llama2-7b": LlamaConfig(),
-    "llama2-13b": LlamaConfig(32000, 5120, 13824, 40, 40),
-    "llama2-70b": LlamaConfig(32000, 8192, 28672, 80, 64, num_key_value_heads=8),
-}
 
 # --- layers -----------------------------------------------------------------------------------------------------------
 
@@ -191,19 +185,19 @@ class Llama(nn.Module):
             nn.init.normal_(matrix, std=0.02)
 
     def tie(self) -> None:
-        """Make the output layer and the word embedding one parameter, where the config says so."""
+        """Make the output layer and the token embedding one parameter, where the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Word embeddings: ids [B, T] -> [B, T, D]."""
+        """Token embeddings: ids [B, T] -> [B, T, D]."""
         return self.model.embed_tokens(ids)
 
     def forward(
         self, ids: Tensor | None = None, embeds: Tensor | None = None, mask: Tensor | None = None,
         cache: Cache | None = None, positions: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Logits of the next word after each token, or after some: [B, n, W]. (Those after padding mean nothing.)
+        """Logits of the next token after each token, or after some: [B, n, W]. (Those after padding mean nothing.)
         ids [B, T] or embeds [B, T, D]: the tokens, one or the other.
         mask: [B, T], 1 = token, 0 = padding, on either side. None: no padding (or, without a cache, on the right).
         cache: the tokens read before, to which these are added.
@@ -263,7 +257,7 @@ class Llama(nn.Module):
         """Continue B prompts (see `forward`): yields ids [B], one of each sequence at a time.
         stop: the id that ends a sequence (</s>) and then fills it until all have ended; None: no id does.
         max_new_tokens: at most this many, and no more than the context has room for. ValueError: none at all.
-        temperature: 0 takes the most likely word; otherwise words are drawn from softmax(logits / temperature).
+        temperature: 0 takes the most likely token; otherwise tokens are drawn from softmax(logits / temperature).
         """
         x = self.embed(ids) if embeds is None else embeds
         (B, T, _), context = x.shape, self.config.max_position_embeddings
@@ -312,7 +306,7 @@ class Tokenizer:
         if min(self.bos, self.eos) < 0:
             raise ValueError(f"{path}: has no <s> or no </s>; {advice}")
         if vocab_size not in (None, self.vocab_size):
-            raise ValueError(f"{path}: has {self.vocab_size} words, the model {vocab_size}; {advice}")
+            raise ValueError(f"{path}: has {self.vocab_size} tokens, the model {vocab_size}; {advice}")
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of a text, with <s> before it and </s> after it if asked for."""

@@ -50,7 +50,7 @@ def teacher_targets(teacher: ViT, images: Tensor, masks: Tensor, target: str = "
         (CLIPSelf). ValueError: the backbone has no class token.
     """
     if target in ("cls", "crop") and not teacher.config.class_token:
-        raise ValueError(f"target {target}: this backbone has no class token; use --target penultimate or last")
+        raise ValueError(f"target {target}: this backbone has no class token; choose the target penultimate or last")
     if target == "crop":
         return teacher(crop_windows(images, masks, teacher.config.patch_size))[:, :1]
     tokens = teacher(mask_images(images, masks, teacher.config.patch_size), skip_blocks=int(target == "penultimate"))
@@ -58,7 +58,7 @@ def teacher_targets(teacher: ViT, images: Tensor, masks: Tensor, target: str = "
 
 
 def crop_windows(images: Tensor, masks: Tensor, patch_size: int) -> Tensor:
-    """CLIPSelf's crops (section B.3): the window that a mask [B, N] shows, resized to the whole image [B, 3, H, W]."""
+    """CLIPSelf's crops (appendix B.3): the window that a mask [B, N] shows, resized to the whole image [B, 3, H, W]."""
     rows, columns = (side // patch_size for side in images.shape[2:])
     crops = []
     for image, mask in zip(images, masks.view(-1, rows, columns).cpu()):
@@ -79,8 +79,9 @@ class TargetScale:
 
     def add(self, targets: Tensor) -> None:
         """Count targets of any shape."""
-        powers = torch.ones_like(targets), targets, targets.float().square()
-        self.sums = [before + x.sum(dtype=torch.float64).item() for before, x in zip(self.sums, powers)]
+        self.sums[0] += targets.numel()
+        self.sums[1] += targets.sum(dtype=torch.float64).item()
+        self.sums[2] += targets.float().square().sum(dtype=torch.float64).item()
 
     @property
     def value(self) -> float:
@@ -92,7 +93,7 @@ class TargetScale:
 # --- h(m(g(x))): the student ------------------------------------------------------------------------------------------
 
 class Decoder(nn.Module):
-    """h: a shallow transformer from masked embeddings [M, T, W] to the teacher's tokens [M, T, D] (section C).
+    """h: a shallow transformer from masked embeddings [M, T, W] to the teacher's tokens [M, T, D] (appendix C).
 
     Position embedding, pre-norm blocks with LayerScale, norm, linear layer. For BEiT and EVA02 the same plain blocks.
 
@@ -131,9 +132,10 @@ class Student(nn.Module):
     target_scale: the constant that multiplies the teacher's targets, stored with the model.
     """
 
-    def __init__(self, encoder: ViT, head: nn.Module, decoder: Decoder | str, target: str = "penultimate"):
+    def __init__(self, encoder: ViT, head: nn.Module, decoder: Decoder | str, target: str = "penultimate",
+                 target_scale: float = 1.0):
         super().__init__()
-        self.encoder, self.head, self.target, self.target_scale = encoder, head, target, 1.0
+        self.encoder, self.head, self.target, self.target_scale = encoder, head, target, target_scale
         self.pool = decoder if isinstance(decoder, str) else None
         self.decoder = None if self.pool else decoder
 
@@ -167,7 +169,7 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, masks: Tensor, kind:
     """
     dtype = torch.promote_types(prediction.dtype, torch.float32)  # bf16 under autocast -> float32
     prediction, target = prediction.to(dtype), target.to(dtype)
-    if kind == "mse":
+    if kind == "mse" or kind.startswith("mse-") and target.shape[1] == 1:  # a class token alone always counts
         return F.mse_loss(prediction, target)
     if kind == "mae":
         return F.l1_loss(prediction, target)
@@ -182,7 +184,7 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, masks: Tensor, kind:
 
 @dataclass(frozen=True)
 class Objective:
-    """What tells MaskEmbed and the baselines of its family apart (sections 3.1, B.3): the defaults each one brings."""
+    """How MaskEmbed and the baselines of its family differ (section 3.1, appendix B.3): the defaults of each one."""
 
     decoder: str = "transformer"  # transformer | sum | mean
     head: bool = True  # a linear head and a fresh final norm, or the pre-trained norm alone
@@ -238,7 +240,7 @@ def save(student: Student, path: str | Path, **notes: object) -> None:
 
 
 def load(path: str | Path, config: str | ViTConfig | None = None) -> Student:
-    """A whole aligned model, in evaluation mode, from a file that `save` wrote; config and errors are `vit.load`'s."""
+    """A whole aligned model, in eval mode, from a file that `save` wrote; `config` and errors as in `vit.load`."""
     encoder, (tensors, metadata) = vit.load(path, config), vit.read_tensors(path)
     if "maskembed" not in metadata:
         raise ValueError(f"{path}: holds no head and decoder; give a file that train_align.py or convert.py wrote")
@@ -247,8 +249,7 @@ def load(path: str | Path, config: str | ViTConfig | None = None) -> Student:
     if isinstance(decoder, dict):
         decoder, width = Decoder(encoder.config, **decoder), decoder["width"]
     head = nn.Linear(encoder.config.embed_dim, width) if about["head"] else nn.Identity()
-    student = Student(encoder, head, decoder, about["target"])
-    student.target_scale = about["target_scale"]
+    student = Student(encoder, head, decoder, about["target"], about["target_scale"])
     try:
         student.load_state_dict(tensors)
     except RuntimeError as error:

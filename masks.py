@@ -1,6 +1,6 @@
-"""The mask distributions of MaskEmbed (sections 3.2 and B.1). Needs only torch; copy it.
+"""The mask distributions of MaskEmbed (section 3.2, appendix B.1). Needs only torch; copy it.
 
-A mask is a float tensor [batch, patches], 1 = visible, 0 = hidden, patches row by row. Each function takes a CPU
+A mask is a float tensor [batch, patches], 1 = visible, 0 = hidden, patches row by row. The random ones take a CPU
 generator: the same generator state gives the same masks on every machine.
 """
 
@@ -25,39 +25,36 @@ def bernoulli(batch: int, patches: int, visible: float, generator: torch.Generat
     return (torch.rand(batch, patches, generator=generator, dtype=torch.float64) < visible).float()
 
 
-def block(
-    batch: int, grid: int | tuple[int, int], visible: float = 0.4, generator: torch.Generator | None = None
-) -> Tensor:
+def block(batch: int, grid: int, visible: float = 0.4, generator: torch.Generator | None = None) -> Tensor:
     """BEiT's block masks, inverted: random rectangles are revealed until at least a fraction `visible` is visible.
 
     The area of a rectangle is uniform between 16 and visible * N patches, its aspect ratio uniform in [0.3, 1/0.3]. A
-    mask is never empty. grid: patches along each side, or (rows, columns).
+    mask is never empty. grid: patches along each side.
     """
     if not 0 < visible <= 1:
         raise ValueError(f"visible is {visible}; a block mask needs a fraction in (0, 1]")
-    rows, columns = (grid, grid) if isinstance(grid, int) else grid
-    target = visible * rows * columns
-    masks = torch.zeros(batch, rows, columns)
+    target = visible * grid**2
+    masks = torch.zeros(batch, grid, grid)
     for mask in masks:
         while mask.sum() < target:
-            top, left, height, width = _rectangle(rows, columns, target, generator)
+            top, left, height, width = _rectangle(grid, target, generator)
             mask[top : top + height, left : left + width] = 1
     return masks.flatten(1)
 
 
-def _rectangle(rows: int, columns: int, largest: float, generator: torch.Generator | None) -> tuple[int, int, int, int]:
+def _rectangle(grid: int, largest: float, generator: torch.Generator | None) -> tuple[int, int, int, int]:
     """Top, left, height and width of a random rectangle; a shape that does not fit is drawn again."""
     smallest = min(16.0, largest)  # a grid of fewer than 40 patches has no room for 16
     while True:
         u = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
         area, aspect = smallest + (largest - smallest) * u[0], 0.3 + (1 / 0.3 - 0.3) * u[1]
         height, width = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
-        if height <= rows and width <= columns:
-            return int(u[2] * (rows - height + 1)), int(u[3] * (columns - width + 1)), height, width
+        if height <= grid and width <= grid:
+            return int(u[2] * (grid - height + 1)), int(u[3] * (grid - width + 1)), height, width
 
 
 def windows(batch: int, grid: int, generator: torch.Generator | None = None) -> Tensor:
-    """CLIPSelf's crops (section B.3), 3 to 14 patches on each side: top, left, height and width, [batch, 4]."""
+    """CLIPSelf's crops (appendix B.3), 3 to 14 patches on each side: top, left, height and width, [batch, 4]."""
     u = torch.rand(batch, 4, generator=generator, dtype=torch.float64)
     smallest, largest = min(3, grid), min(14, grid)
     size = smallest + (u[:, :2] * (largest - smallest + 1)).long()  # height, width

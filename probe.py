@@ -1,4 +1,4 @@
-"""The probing benchmark (sections 4.1, 4.3 and B): does a backbone know what is where in an image?
+"""The probing benchmark (sections 4.1 and 4.3, appendix B): does a backbone know what is where in an image?
 
 A small head on a frozen backbone says which classes each patch holds (`local`), or the whole image (`global`). The
 score is recall at probability 0.5, averaged over classes. `leakage` needs no head: it measures how far the content of a
@@ -116,7 +116,7 @@ def named(backbones: list[str]) -> dict[str, tuple[str, str | None]]:
     return {name: tuple(pair) for name, pair in zip(names, split)}
 
 
-# --- heads (section B): each reads the backbone's tokens [B, P + N, D], prefix first ----------------------------------
+# --- heads (appendix B): each reads the backbone's tokens [B, P + N, D], prefix first ---------------------------------
 
 def summary(tokens: Tensor, prefix: int) -> Tensor:
     """One token for the image: the mean prefix token, or the mean token where there is no prefix. -> [B, D]."""
@@ -506,7 +506,8 @@ def unfinished(o: Namespace, root: str, backbones: dict) -> list[tuple[str, Prob
     options = {name: getattr(o, name) for name in ("val_images", "labels", "skip_blocks", "epochs", "batch", "lr")}
     todo = []
     for (name, (path, _)), probe in product(backbones.items(), probes(o)):
-        now = {"data": root, **options, "backbone": [os.stat(path).st_size, os.stat(path).st_mtime_ns]}
+        status = os.stat(path)
+        now = {"data": os.path.realpath(root), **options, "backbone": [status.st_size, status.st_mtime_ns]}
         file = result_file(o, name, probe)
         then = json.loads(file.read_text())["settings"] if file.exists() else {}
         if not then:

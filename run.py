@@ -1,15 +1,14 @@
 """What the commands share: one process among others that can be stopped and resumed. Needs torch and tqdm; copy it.
 
     rank, world, device = run.setup()                     # torchrun's environment; NCCL on GPUs, gloo on CPUs
-    log = run.Log(out / "log.jsonl", rank, update)        # JSON lines, cut to what the checkpoint knows
-    stop = run.CatchSignals()                             # stop.asked: SIGTERM or Ctrl-C has come
+    log, stop = run.Log(out / "log.jsonl", rank, update), run.CatchSignals()
     while update < updates:
         ...                                               # one update
         loss, stopped = run.all_sum(loss, stop.asked)     # over all processes
         if update % 1000 == 0 or stopped:
             run.save(out / "checkpoints", update, state)  # whole or not at all; the newest two stay
         if stopped:
-            run.leave(update, updates)
+            run.leave(update, updates, stop.asked)        # SIGTERM or Ctrl-C has come
 """
 
 import argparse
@@ -95,8 +94,8 @@ def on_first(function: Callable[[], object]) -> object:
 
 
 def barrier() -> None:
-    """Wait for all processes. None ends before: gloo still holds numbers of the last exchange for a moment, and aborts
-    a Python that ends meanwhile."""
+    """Wait for all processes, so that none exits early: gloo may still be finishing its last transfer, and a process
+    that exits meanwhile aborts."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -129,9 +128,10 @@ class CatchSignals:
             signal.signal(number, self.remember)
 
     def remember(self, number: int, _: object) -> None:
-        """Note the first signal, and give up the second."""
+        """Remember the first signal; the next one ends the process."""
         self.asked = number
-        signal.signal(number, signal.SIG_DFL)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
 
 
 def ignore_signals(_: int) -> None:
@@ -141,7 +141,7 @@ def ignore_signals(_: int) -> None:
 
 
 def leave(update: int, updates: int, number: int) -> None:
-    """End after a signal, all saved, with the exit status that shells know. number 0: another process received it."""
+    """End after signal `number` (0: another process got it), once all is saved, with the exit status shells expect."""
     barrier()
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"stopped at update {update} of {updates}; continue with the same command and --resume", file=sys.stderr)
@@ -157,7 +157,7 @@ def check_finite(in_row: int, update: int) -> None:
 
 @contextmanager
 def ended(name: str) -> Iterator[None]:
-    """Around a command: an error that its user can mend ends it with one sentence and exit status 1."""
+    """Around a command: an error that its user can fix ends it with one sentence and exit status 1."""
     try:
         yield
         barrier()
@@ -184,7 +184,7 @@ def parse(
 ) -> tuple[argparse.Namespace, dict | None]:
     """The options and, with --resume, the newest checkpoint, whose own options are the defaults then.
 
-    free: the options that a resumed run may change; a typed difference in any other is refused (exit status 2).
+    free: the options that a resumed run may change; another value for any other option is refused (exit status 2).
     """
     o = parser.parse_args(argv)
     if not o.resume:
@@ -192,7 +192,7 @@ def parse(
             raise RunError(f"{o.out} holds a run; continue it with --resume, or choose another --out")
         return o, None
     state = load(o.out / "checkpoints")
-    parser.set_defaults(**state["options"])
+    parser.set_defaults(**state["options"] | {"out": o.out})
     o = parser.parse_args(argv)
     for name, value in state["options"].items():
         if name not in ("out", "resume", *free) and str(getattr(o, name)) != str(value):
@@ -290,12 +290,12 @@ class Log:
                 raise OSError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def say(self, text: str) -> None:
-        """Tell the person who watches, above the progress bar."""
+        """Print a line above the progress bar."""
         if self.rank == 0:
             tqdm.write(text, file=sys.stderr)
 
     def once(self, what: str, names: Sequence[str]) -> None:
-        """Tell each name once, from whichever process met it: a broken image, a bad row."""
+        """Print each name once, from whichever process met it: a broken image, a bad row."""
         for name in dict.fromkeys(names):
             if name not in self.told:
                 tqdm.write(f"{what}: {name}", file=sys.stderr)

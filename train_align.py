@@ -7,7 +7,7 @@
 
 Writes to --out: aligned.safetensors (encoder, head, decoder), log.jsonl, pictures/, checkpoints/. What an update sees
 depends on the seed and its number alone: samples and masks are drawn for the global batch and sliced by rank and
-micro-batch, so any number of processes trains the same model. Shapes: B batch, V views of an image, N patches, D width.
+micro-batch, so in float32 any number of processes trains the same model, up to rounding.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import json
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,27 +36,28 @@ import vit
 
 # --- options: the paper's numbers are the defaults --------------------------------------------------------------------
 
-BETAS, WEIGHT_DECAY, CLIP, END = (0.9, 0.95), 0.01, 1.0, 0.1  # AdamW; gradient norm; the cosine's end (table 6)
+BETAS, WEIGHT_DECAY, MAX_NORM, END = (0.9, 0.95), 0.01, 1.0, 0.1  # table 6: AdamW, gradient norm, end of the cosine
 STATE = "scale first last skipped in_row unreadable".split()  # what a checkpoint holds beside the models
 FREE = "out weights data val lr micro_batch precision compile checkpointing workers save_every".split()  # on --resume
 
 
 def recipe(name: str, in1k: bool) -> dict[str, object]:
-    """The numbers of table 6 and section B.1 for a backbone; the demo departs from them where its scale demands it."""
+    """The numbers of table 6 and appendix B.1 for a backbone; the demo departs from them where its scale demands it."""
     if name == "demo":
         return {"epochs": 4, "batch": 64, "lr": 1e-3, "warmup_epochs": 1.0, "val_images": 512}
     large = name in vit.BACKBONES and vit.BACKBONES[name].embed_dim > 768
-    numbers = {"epochs": 5, "batch": 1024, "lr": 2e-4 if large else 3e-4, "warmup_epochs": 0.0, "val_images": 10000}
-    long = name in ("moco-vit-b", "mae-vit-b", "dino-vit-b")
-    return numbers | ({"epochs": 50 if long else 25, "warmup_epochs": 1.0} if in1k else {})
+    epochs = (50 if name in ("moco-vit-b", "mae-vit-b", "dino-vit-b") else 25) if in1k else 5
+    lr, warmup = 2e-4 if large else 3e-4, 1.0 if in1k else 0.0
+    return {"epochs": epochs, "batch": 1024, "lr": lr, "warmup_epochs": warmup, "val_images": 10000}
 
 
 def flags() -> argparse.ArgumentParser:
     """The command line. What has no default here comes from the objective or the recipe."""
     parser = argparse.ArgumentParser(description="Align a pre-trained vision transformer with MaskEmbed.")
     add, count, rate = parser.add_argument, run.number(1), run.number(0, float)
+    switch = {"action": argparse.BooleanOptionalAction, "default": False}
     add("--recipe", default="demo", choices=("demo", "own", *vit.BACKBONES), metavar="NAME",
-        help=f"whose numbers: demo; {', '.join(vit.BACKBONES)}; own: another backbone that vit.save wrote")
+        help=f"whose numbers: demo; {', '.join(vit.BACKBONES)}; own: another backbone, at 3e-4")
     add("--weights", help="the pre-trained backbone, timm's file or one that convert.py wrote")
     add("--data", help="a folder of images at any depth; without it the demo's scenes")
     add("--val", help="a folder of validation images; without it a share of --data is held out")
@@ -64,7 +65,7 @@ def flags() -> argparse.ArgumentParser:
     add("--val-images", type=count, help="validate on at most this many images")
     add("--out", type=Path, default=Path("runs/align"), help="where everything is written")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out with its options")
-    # the method and its ablations (table 4, section B.1); the defaults are the objective's
+    # the method and its ablations (table 4, appendix B.1); the defaults are the objective's
     add("--objective", default="maskembed", choices=maskembed.OBJECTIVES, help="the method or a baseline (table 1)")
     add("--target", choices=maskembed.TARGETS, help="what the student reconstructs")
     add("--loss", choices=maskembed.LOSSES, help="the reconstruction loss")
@@ -89,8 +90,8 @@ def flags() -> argparse.ArgumentParser:
     # the machine
     add("--micro-batch", type=count, help="images at a time on a process; default: the largest divisor up to 64")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the device has it")
-    add("--compile", action="store_true", help="torch.compile each block")
-    add("--checkpointing", action="store_true", help="recompute activations instead of keeping them")
+    add("--compile", **switch, help="torch.compile each block")
+    add("--checkpointing", **switch, help="recompute activations instead of keeping them")
     add("--workers", type=run.number(0), default=run.workers(), help="data workers of each process")
     add("--save-every", type=count, default=1000, help="updates between checkpoints; each epoch ends with one")
     return parser
@@ -118,9 +119,8 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
 
 def learning_rate(update: int, updates: int, warmup: int, peak: float) -> float:
     """Cosine from the peak to a tenth of it; a warm-up rises linearly from a tenth, inside the cosine (not shifted)."""
-    if update < warmup:
-        return peak * (END + (1 - END) * update / warmup)
-    return peak * (END + (1 - END) * (1 + math.cos(math.pi * update / updates)) / 2)
+    share = update / warmup if update < warmup else (1 + math.cos(math.pi * update / updates)) / 2
+    return peak * (END + (1 - END) * share)
 
 
 def draw_masks(o: argparse.Namespace, batch: int, grid: int, *key: int) -> Tensor:
@@ -137,17 +137,24 @@ def draw_masks(o: argparse.Namespace, batch: int, grid: int, *key: int) -> Tenso
     return masks.views(m, complement=o.views in ("2", "3"), full=o.views in ("2-full", "3")).view(batch, -1, grid**2)
 
 
-# --- validation -------------------------------------------------------------------------------------------------------
+# --- images and validation --------------------------------------------------------------------------------------------
 
 def prepare(config: vit.ViTConfig, image: Image.Image, _: np.random.Generator) -> Tensor:
     """A validation image, resized and center-cropped as the backbone expects, uint8 [3, S, S]."""
     return data.to_tensor(vit.fit(image, config))
 
 
-def validation_images(source: data.ImageFolder, config: vit.ViTConfig, most: int) -> Subset:
-    """At most that many evenly spaced images: i -> (uint8 [3, S, S], names of unreadable files)."""
-    chosen = np.linspace(0, len(source), min(most, len(source)), endpoint=False).astype(int).tolist()
-    return Subset(data.Images(source, partial(prepare, config), seed=0), [(0, i) for i in chosen])
+def open_images(o: argparse.Namespace, config: vit.ViTConfig) -> tuple[data.ImageFolder, Subset]:
+    """Training images, and evenly spaced validation images; without --data those of the demo's scenes."""
+    parts = [(o.data, "all"), (o.val, "all")] if o.val else [(o.data, "train"), (o.data, "val")]
+    if not o.data:
+        from demo import scenes
+
+        folder = run.on_first(scenes.ensure) / "images"
+        parts = [(folder / "train", "all"), (o.val or folder / "val", "all")]
+    train, val = run.on_first(lambda: [data.ImageFolder(*part, o.val_share) for part in parts])  # listed once for all
+    chosen = np.linspace(0, len(val), min(o.val_images, len(val)), endpoint=False).astype(int).tolist()
+    return train, Subset(data.Images(val, partial(prepare, config), seed=0), [(0, i) for i in chosen])
 
 
 @torch.no_grad()
@@ -196,15 +203,15 @@ def draw_picture(path: Path, teacher: vit.ViT, encoder: vit.ViT, images: Subset,
 
 def main(argv: list[str] | None = None) -> None:
     """Options, models, data, begin or continue, the loop, save."""
-    o, state = options(argv)
-    rank, world, device = run.setup()
+    (o, state), (rank, world, device) = options(argv), run.setup()
+    kept = run.plain(o)  # for checkpoints, without what is chosen below for this machine
     torch.manual_seed(o.seed)  # new weights: the same on every process
 
     # models: the teacher f is frozen; the encoder g and the decoder h are trained
     teacher = vit.load(o.weights, o.recipe if o.recipe in vit.BACKBONES else None).requires_grad_(False)
     objective = replace(maskembed.OBJECTIVES[o.objective], target=o.target)
-    decoder = o.decoder_depth, o.decoder_width
-    student = maskembed.make_student(teacher, objective, o.softcap or None, *decoder, o.reinit_last_block).to(device)
+    student = maskembed.make_student(teacher, objective, o.softcap or None, o.decoder_depth, o.decoder_width,
+                                     o.reinit_last_block).to(device)
     if bf16 := run.use_bf16(o.precision, device):
         vit.round_linear_weights(teacher)
     for part in filter(None, (student.encoder, student.decoder)):
@@ -213,14 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(student.parameters(), o.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
     # data: what an update sees depends on the seed and its number alone
-    if not o.data:
-        from demo import scenes
-
-        folder = run.on_first(scenes.ensure)
-        o.data, o.val = str(folder / "images" / "train"), str(folder / "images" / "val")
-    parts = [(o.data, "all"), (o.val, "all")] if o.val else [(o.data, "train"), (o.data, "val")]
-    train, val = run.on_first(lambda: [data.ImageFolder(folder, part, o.val_share) for folder, part in parts])
-    val = validation_images(val, config, o.val_images)
+    train, val = open_images(o, config)
     share = o.batch // world
     o.micro_batch = o.micro_batch or run.micro_batch(share, 64, multiple=2 if o.mix else 1)
     update = state["update"] if state else 0
@@ -234,17 +234,20 @@ def main(argv: list[str] | None = None) -> None:
     log = run.Log(o.out / "log.jsonl", rank, update)
     skipped = unreadable = in_row = 0
     if state:
+        if state["images"] != len(train) or state["backbone"] != asdict(config):
+            raise ValueError(f"--data or --weights: other images or another backbone than in {o.out}; give the same")
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         scale, first, last, skipped, in_row, unreadable = (state[k] for k in STATE)
     else:
-        run.on_first(lambda: run.write(o.out / "options.json", json.dumps(run.plain(o), indent=2)))
+        run.on_first(lambda: run.write(o.out / "options.json", json.dumps(kept, indent=2)))
         scale = 1.0 if o.loss == "cosine" else validate(o, rank, world, log, teacher, student, val)
         first = last = validate(o, rank, world, log, teacher, student, val, scale)
         log.record(update=0, epoch=0.0, val_loss=first)
-    torch._dynamo.config.recompile_limit = 64  # blocks are compiled for each model, batch size and gradient mode
-    for block in [m for m in [*teacher.modules(), *student.modules()] if o.compile and isinstance(m, vit.Block)]:
-        block.compile(dynamic=False)
+    if o.compile:
+        torch._dynamo.config.recompile_limit = 64  # blocks are compiled for each model, batch size and gradient mode
+        for block in (m for m in [*teacher.modules(), *student.modules()] if isinstance(m, vit.Block)):
+            block.compile(dynamic=False)
     model = DistributedDataParallel(student, gradient_as_bucket_view=True) if world > 1 else student
     log.say(f"{o.recipe}: {len(train):,} images, {updates:,} updates of {o.batch} ({world} x {o.micro_batch} at once), "
             f"{'bf16' if bf16 else 'fp32'} on {device.type}; validation loss {last:.4f}; into {o.out}")
@@ -272,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
             total += loss.detach() * len(x) / share
             log.once("unreadable, replaced by another image", names)
             bad += len(names)
-        norm = nn.utils.clip_grad_norm_(student.parameters(), CLIP).item()
+        norm = nn.utils.clip_grad_norm_(student.parameters(), MAX_NORM).item()
         loss, stopped, bad = run.all_sum(total.item() / world, stop.asked, bad)
         finite = math.isfinite(norm) and math.isfinite(loss)  # the same on every process
         if finite:
@@ -300,11 +303,10 @@ def main(argv: list[str] | None = None) -> None:
         if epoch_ends or stopped or update % o.save_every == 0:
             values = scale, first, last, skipped, in_row, unreadable
             run.save(o.out / "checkpoints", update, {
-                "options": run.plain(o), "update": update, "student": student.state_dict(),
-                "optimizer": optimizer.state_dict(), **dict(zip(STATE, values)),
+                "options": kept, "update": update, "images": len(train), "backbone": asdict(config),
+                "student": student.state_dict(), "optimizer": optimizer.state_dict(), **dict(zip(STATE, values)),
             })
         if stopped:
-            bar.close()
             run.leave(update, updates, stop.asked)
     bar.close()
 

@@ -1,16 +1,15 @@
 """VLM training, start to finish (section 5, appendix D): a language model learns to read an aligned backbone's tokens.
 
     python train_vlm.py                                         # the demo, after train_align.py; minutes on a laptop
-    torchrun --nproc-per-node 8 train_vlm.py --recipe clip-vit-l-336 --weights aligned.safetensors --fsdp \\
-        --language Llama-2-7b-hf --data llava_v1_5_mix665k.json --images playground/data        # the paper's
+    torchrun --nproc-per-node 8 --shutdown-timeout 900 train_vlm.py --recipe clip-vit-l-336 --fsdp \\
+        --weights aligned.safetensors --language Llama-2-7b-hf \\
+        --data llava_v1_5_mix665k.json --images playground/data                                 # the paper's
     python train_vlm.py ... --resume                            # continue exactly, on any number of processes
 
-Writes to --out: model/ (the VLM), log.jsonl, options.json, checkpoints/.
-
-What an update sees depends on the seed and the update's number alone, and its loss is the mean over all answer tokens
-of the global batch, so in float32 any number of processes and micro-batches trains the same model. A checkpoint is one
-file, from which any number of processes can continue, with or without FSDP. It is gathered in the main memory of the
-first process: the trained weights and AdamW's two moments in float32, 84 GB for a language model of 7B.
+Writes to --out: model/ (the VLM), log.jsonl, options.json, checkpoints/. What an update sees depends on the seed and
+its number alone, and its loss is the mean over all answer tokens of the global batch, so in float32 any number of
+processes and micro-batches trains the same model. A checkpoint is one file, from which any number of processes can
+continue, with or without FSDP; the first one gathers it in main memory (7B parameters with AdamW's moments: 81 GB in float32).
 """
 
 import argparse
@@ -63,7 +62,7 @@ RECIPES: dict[str, dict[str, object]] = {
         "aligned": "runs/align/aligned.safetensors", "baseline": f"{HERE}/demo/teacher.safetensors",
     },
 }  # fmt: skip
-CLIP = 1.0  # gradient norm (table 7)
+MAX_NORM = 1.0  # gradient norm (table 7)
 FREE = "weights second language data images lr micro_batch precision checkpointing workers save_every fsdp".split()
 
 
@@ -183,9 +182,9 @@ def save_model(model: vlm.VLM, folder: Path, rank: int, dtype: torch.dtype) -> N
     """Write the VLM's folder on the first process. Sharded weights are gathered there one at a time, as `dtype`."""
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        value = parameter.detach()
+        value = parameter.detach().to(dtype if parameter.requires_grad else parameter.dtype)
         if isinstance(value, DTensor):
-            value = value.to(dtype).full_tensor()  # all processes take part
+            value = value.full_tensor()  # all processes take part
         if rank == 0:
             state[name] = value.cpu()
     run.on_first(lambda: vlm.save(model, folder, state))
@@ -272,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
                     loss = parallel(**batch) / max(labels, 1)  # <s> image text -> the answers' tokens
                 (loss * world).backward()  # DDP and FSDP average over the processes
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(trained, CLIP)
+        norm = nn.utils.clip_grad_norm_(trained, MAX_NORM)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         bad = [name for _, names in drawn for name in names]
         loss, stopped, count = run.all_sum(total.item(), stop.asked, len(bad))
@@ -291,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
         log.record(update=update, **values, **counts, conversations_per_s=round(rate, 1))
         bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} conversations/s", refresh=False), bar.update()
         log.once("left out", bad)
-        data.check_unreadable(bad_rows, update * o.batch, "conversations", bad[0] if bad else "")
+        data.check_unreadable(bad_rows, update * o.batch, "conversations")
         run.check_finite(skipped_in_row, update)
 
         # 3. keep a checkpoint, leave if asked to

@@ -50,7 +50,7 @@ class ViTConfig:
     layer_scale: float | None = None  # initial value; None: no LayerScale
     norm_eps: float = 1e-6
     final_norm: float | None = 1e-6  # epsilon of the norm after the last block; None: no such norm (BEiT)
-    softcap: float | None = None  # bound of the attention logits (section C); None: no cap
+    softcap: float | None = None  # bound of the attention logits (appendix C); None: no cap
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     crop_pct: float = 0.9  # evaluation: the shorter side is resized to image_size / crop_pct, then center-cropped
@@ -116,7 +116,7 @@ BACKBONES: dict[str, ViTConfig] = {  # table 5, and dinov2-vit-l for feature fus
 # --- attention --------------------------------------------------------------------------------------------------------
 
 def attention(q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None, bias: Tensor | None = None) -> Tensor:
-    """Soft-capped attention (section C), or plain with an additive bias [H, T, T]. q, k, v, result: [B, H, T, d]."""
+    """Soft-capped attention (appendix C), or plain with an additive bias [H, T, T]. q, k, v, result: [B, H, T, d]."""
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
     if q.is_cuda:
@@ -372,7 +372,7 @@ def normalize(images: Tensor, config: ViTConfig) -> Tensor:
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-LEFT_OUT = {"head", "fc_norm", "attn_pool", "mask_token", "relative_position_index"}  # what no token feature needs
+LEFT_OUT = {"head", "fc_norm", "attn_pool", "mask_token", "relative_position_index"}  # not needed for token features
 
 
 def load(path: str | Path, config: str | ViTConfig | None = None) -> ViT:
@@ -465,7 +465,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if Path(path).suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 names, metadata = list(file.keys()), file.metadata() or {}
-            return {name: safe_open(path, "pt").get_tensor(name) for name in names}, metadata  # mapped singly
+            return {name: safe_open(path, "pt").get_tensor(name) for name in names}, metadata  # mapped one by one
         with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts save their options, too
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         for key in ("state_dict", "model"):
@@ -485,7 +485,7 @@ def save_tensors(state: dict[str, Tensor], path: str | Path, metadata: dict[str,
     """Write a safetensors file under a temporary name, then move it into place. OSError: it cannot be written."""
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: is no name for a weight file; let it end in .safetensors")
+        raise ValueError(f"{path}: is not a valid name for a weight file; it must end in .safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

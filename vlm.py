@@ -136,7 +136,7 @@ class FusedMLP(nn.Module):
         return self.projector(x)
 
 
-class Transformer(nn.Module):
+class TransformerAdapter(nn.Module):
     """`transformer`: the layers of MaskEmbed's encoder head and decoder, from scratch."""
 
     def __init__(self, config: "VLMConfig"):
@@ -150,7 +150,7 @@ class Transformer(nn.Module):
         return self.decoder(self.head(x))
 
 
-class Decoder(Transformer):
+class DecoderAdapter(TransformerAdapter):
     """`decoder` (section 3.2): an aligned model's own encoder head and decoder, with a new last layer of zeros. Prefix
     tokens are hidden from the decoder, as in its training."""
 
@@ -197,7 +197,8 @@ class Truncated(nn.Module):
 
 
 ADAPTERS: dict[str, type[nn.Module]] = {
-    "mlp": MLP, "decoder": Decoder, "transformer": Transformer, "truncated": Truncated, "fused-mlp": FusedMLP
+    "mlp": MLP, "decoder": DecoderAdapter, "transformer": TransformerAdapter, "truncated": Truncated,
+    "fused-mlp": FusedMLP,
 }
 
 
@@ -302,7 +303,7 @@ class VLM(nn.Module):
         embeds, mask = self.join(ids, torch.ones_like(ids), self.encode_images(images), rows)
         labels = insert(labels, labels.new_full((len(ids), self.config.image_tokens), IGNORE))
         if rows is not None:  # all padding moves to the right, where attention needs no mask
-            embeds, labels = align(mask, False, embeds, labels)
+            embeds, labels = move_padding(mask, False, embeds, labels)
         return self.language.loss(embeds, labels, reduction="sum")
 
     def read(self, images: Images, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
@@ -331,7 +332,7 @@ class VLM(nn.Module):
             embeds, mask = self.join(ids, mask, tokens, torch.tensor(rows, device=device))
         else:
             embeds = self.language.embed(ids)
-        embeds, mask = align(mask, True, embeds, mask)
+        embeds, mask = move_padding(mask, True, embeds, mask)
         return embeds[:, -longest:], mask[:, -longest:]  # without columns that are all padding
 
     @torch.no_grad()
@@ -379,7 +380,7 @@ class VLM(nn.Module):
         words = [self.config.template.piece(choice.strip(), turn=1) for choice in choices]
         firsts = [self.tokenizer.encode(word)[:1] for word in words]
         if not words or [] in firsts:
-            raise ValueError(f"the choices {list(choices)} are none, or one is empty; give each at least one word")
+            raise ValueError(f"the choices {list(choices)} are empty, or one of them is; give each at least one word")
         if same := [choice for choice, first in zip(choices, firsts) if firsts.count(first) > 1]:
             raise ValueError(f"the choices {same} begin with the same token; word them differently")
         return sum(firsts, [])
@@ -390,7 +391,7 @@ def insert(text: Tensor, image: Tensor) -> Tensor:
     return torch.cat([text[:, :1], image, text[:, 1:]], 1)
 
 
-def align(mask: Tensor, left: bool, *tensors: Tensor) -> list[Tensor]:
+def move_padding(mask: Tensor, left: bool, *tensors: Tensor) -> list[Tensor]:
     """Tensors [B, S] or [B, S, E] with each sample's padding (where the mask is 0) moved to the left or the right."""
     order = mask.argsort(dim=1, descending=not left, stable=True)  # [B, S]
     rows = torch.arange(len(mask), device=mask.device)[:, None]
@@ -508,8 +509,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="for sampling at a temperature above 0")
     o = parser.parse_args(argv)
     image = None if o.image == "-" else Image.open(o.image)
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    model = load(o.model, dtype, device)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    model = load(o.model, torch.bfloat16 if native else torch.float32, device)
     generator = torch.Generator(device).manual_seed(o.seed)
     for piece in model.stream(image, o.question, o.max_new_tokens, o.temperature, generator):
         print(piece, end="", flush=True)

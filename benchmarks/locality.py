@@ -1,4 +1,4 @@
-"""The probing table of docs/experiments.md: `python benchmarks/locality.py`, about an hour of two cores.
+"""The probing table of docs/experiments.md: `python benchmarks/locality.py`, more than an hour of two cores.
 
 MaskEmbed and the baselines of its family against the demo's teacher, over three paired seeds: a seed is that of the
 scenes, of the alignment and of the probes. What an earlier call finished in runs/locality is kept. Differences from the

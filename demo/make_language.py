@@ -1,6 +1,6 @@
 """Make the demo's language model: a small Llama from scratch, and a tokenizer with a token for each word of the scenes.
 
-    python demo/make_language.py demo/language                    # a minute; the folder must be new
+    python demo/make_language.py FOLDER                           # a minute; demo/language is what it wrote
 
 The folder receives config.json, model.safetensors (bfloat16) and tokenizer.model: a Llama for train_vlm.py --language.
 """
@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="must be new")
     folder = parser.parse_args(argv).folder
+    if folder.exists():
+        parser.error(f"{folder}: exists already; name a new folder")
     tokenizer = train_tokenizer(read_texts())
     words = sentencepiece.SentencePieceProcessor(model_proto=tokenizer).vocab_size()
     llama.save(draw_weights(llama.LlamaConfig(words, 128, 336, 4, 4, max_position_embeddings=1024)), folder)

@@ -24,8 +24,8 @@ import vit
 from demo import scenes
 
 CONFIG = vit.ViTConfig(image_size=64, patch_size=8, embed_dim=96, depth=6, num_heads=3, crop_pct=1.0)
-LR, LR_END, WARMUP, CLIP = 1e-3, 1e-4, 500, 1.0
-UNSEEN_SEED = 1_000_003  # of the scenes that measure recall, which neither training nor demo/scenes.py has
+LR, LR_END, WARMUP, MAX_NORM = 1e-3, 1e-4, 500, 1.0
+UNSEEN_SEED = 1_000_003  # of the scenes that measure recall, which neither training nor the default scenes have
 
 
 def read_scene(seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0, help="of scenes, weights and order")
     o = parser.parse_args(argv)
+    if o.file.suffix != ".safetensors":
+        parser.error(f"{o.file}: must end in .safetensors")
 
     torch.manual_seed(o.seed)
     images, labels = make_scenes(o.count, o.seed)
@@ -87,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
             x = torch.where(mirrored, images[rows].flip(-1), images[rows])
             loss = F.binary_cross_entropy_with_logits(predict(backbone, head, x), labels[rows].float())
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, CLIP)
+            nn.utils.clip_grad_norm_(parameters, MAX_NORM)
             optimizer.step()
             optimizer.zero_grad()
             update += 1

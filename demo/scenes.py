@@ -277,7 +277,7 @@ def write(folder: str | Path, count: int = 12800, val: int = 2000, test: int = 5
 
 
 def ensure(folder: str | Path = "runs/scenes") -> Path:
-    """The folder with the default set of scenes, which is written the first time."""
+    """The folder of scenes; the default set is written if there is none."""
     if not (Path(folder) / "scenes.json").exists():
         print(f"writing scenes to {folder}, once", file=sys.stderr)
         write(folder)

@@ -1,5 +1,6 @@
 """What the tests share: the path to the project, a tiny backbone, a folder of scenes, and a launcher of commands."""
 
+import json
 import os
 import socket
 import subprocess
@@ -36,6 +37,16 @@ def refusal(function: Callable, *args: object, **how: object) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def log_of(out: Path) -> list[dict]:
+    """The lines of a run's log.jsonl."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path, key: str = "loss") -> list[float]:
+    """A value of each line that has it."""
+    return [line[key] for line in log_of(out) if key in line]
 
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:

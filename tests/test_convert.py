@@ -140,24 +140,25 @@ def hf_tokens(folder: Path, config: vit.ViTConfig, notes: str) -> Tensor:
 @pytest.mark.parametrize("layout", ["timm", "transformers"])
 @pytest.mark.parametrize("name", EXPORTED)
 def test_exports_come_back_and_load_strictly(name, layout, tmp_path):
-    config, ours, file = tiny(name.split(",")[0], **EXPORTED[name][1]), tmp_path / "x.safetensors", "model.safetensors"
+    config, ours, out = tiny(name.split(",")[0], **EXPORTED[name][1]), tmp_path / "x.safetensors", tmp_path / "out"
+    file = out / "model.safetensors"
     model = randomize(vit.ViT(config))
     vit.save(model, ours)
     if config.family == "eva02" and layout == "transformers":
-        assert "use --layout timm" in refusal(convert.export_vit, ours, tmp_path, layout)
+        assert "use --layout timm" in refusal(convert.export_vit, ours, out, layout)
         return
-    notes = " ".join(convert.export_vit(ours, tmp_path / file if layout == "timm" else tmp_path, layout))
-    assert same(convert.read_vit(tmp_path / file, config), model)
+    notes = " ".join(convert.export_vit(ours, file if layout == "timm" else out, layout))
+    assert same(convert.read_vit(file, config), model)
     assert ("soft-cap of 30 is lost" in notes) == (config.softcap is not None)
     assert ("eps to 1e-05" in notes) == name.endswith("aligned")
     for block in model.blocks:
         block.attn.softcap = None
     if layout == "timm":
         theirs = timm_model(name, config)
-        theirs.load_state_dict(load_file(tmp_path / file), strict=True)
+        theirs.load_state_dict(load_file(file), strict=True)
         tokens = theirs.forward_features(pictures(config))
     else:
-        tokens = hf_tokens(tmp_path, config, notes)
+        tokens = hf_tokens(out, config, notes)
     assert error(model(pictures(config)), tokens) < 1e-5
 
 
@@ -198,7 +199,8 @@ def test_llama_there_and_back(shards, dtype, tmp_path):
 
 
 def test_params_give_metas_code_the_same_sizes():
-    for config in [*llama.LLAMAS.values(), *(replace(LLAMA, intermediate_size=n) for n in (1, 80, 127, 128, 500))]:
+    real = llama.LlamaConfig(), llama.LlamaConfig(32000, 8192, 28672, 80, 64, num_key_value_heads=8)  # 7B and 70B
+    for config in [*real, *(replace(LLAMA, intermediate_size=n) for n in (1, 80, 127, 128, 500))]:
         values = convert.meta_params(config)
         size = int(values.get("ffn_dim_multiplier", 1) * int(8 * values["dim"] / 3))  # as Meta's code finds it
         assert -(-size // values["multiple_of"]) * values["multiple_of"] == config.intermediate_size

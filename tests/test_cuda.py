@@ -16,7 +16,7 @@ import llama
 import maskembed
 import vit
 import vlm
-from conftest import ROOT, launch
+from conftest import ROOT, launch, losses
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -43,11 +43,6 @@ def command(script: str, *argv: object, **how: object) -> str:
     out, said = process.communicate()
     assert process.returncode == 0, said[-3000:]
     return out
-
-
-def losses(out: Path) -> list[float]:
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cap: float) -> torch.Tensor:

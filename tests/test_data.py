@@ -330,7 +330,7 @@ def test_files_that_cannot_be_used(tmp_path):
         ('[{"a": 1},\n\n {"b": "cut', "a.json, line 3 is not JSON (Unterminated string"),
         ('{"a": 1}\n\nnot JSON\n', "line 3 is not JSON (Expecting value)"),
         (" [ ] ", "a.json holds no conversations"),
-        ('{"questions": []}', "not one conversation can be used, such as"),
+        ('{"questions": []}', "no conversation can be used; for example,"),
     ):
         assert told in refusal(read, tmp_path, text)
     files = [tmp_path / "a.json", tmp_path / "none.json"]
@@ -381,7 +381,7 @@ def test_conversation_batches_have_one_modality_and_similar_lengths_on_any_ranks
     assert len(order) == batches.updates_per_epoch == 28 + 9 and len(set(order.ravel())) == order.size  # each row once
     with_image, spread = mixed.has_image[order], np.ptp(mixed.lengths[order], axis=1)
     assert (with_image.all(1) | ~with_image.any(1)).all() and spread.max() < 40 and spread.mean() < 12  # of 200
-    assert "from 0 samples" in refusal(data.ConversationBatches, mixed, 451, 1, 0)
+    assert "neither kind of conversations fills" in refusal(data.ConversationBatches, mixed, 451, 1, 0)
 
     def updates(world: int, micro: int, start: int = 0) -> np.ndarray:
         """[updates, ranks, micro-batches, micro, (epoch, index)]"""

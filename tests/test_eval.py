@@ -352,9 +352,7 @@ def real(tmp_path_factory, tiny_weights: Path) -> Path:
     for parameter in language.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     vlm.save(vlm.build(vit.load(tiny_weights), language, llama.Tokenizer(ROOT / "demo/language"), "mlp"), folder)
-    torch.set_num_threads(1)  # like the launched processes: it changes rounding
-    yield folder
-    torch.set_num_threads(2)
+    return folder
 
 
 def test_a_killed_evaluation_continues_with_two_processes(real: Path, scenes: Path, tmp_path: Path):

@@ -30,14 +30,13 @@ def test_bernoulli(visible: float):
     assert abs(m.sum(1).var().item() / (100 * visible * (1 - visible)) - 1) < 0.1  # patches are independent
 
 
-@pytest.mark.parametrize("grid", [14, 27, (9, 5), 4, 2])
+@pytest.mark.parametrize("grid", [14, 27, 4, 2])
 def test_block_reveals_rectangles_up_to_the_share(grid):
-    rows, columns = (grid, grid) if isinstance(grid, int) else grid
     m = masks.block(200, grid, 0.4, generator())
     share = m.mean(1)
-    assert m.shape == (200, rows * columns)
+    assert m.shape == (200, grid**2)
     assert share.min() >= 0.4 and share.max() <= 0.95
-    image = m.view(-1, rows, columns)
+    image = m.view(-1, grid, grid)
     inside = (image[:, 1:, :] == image[:, :-1, :]).float().mean()  # neighbors agree more often than by chance
     assert grid in (4, 2) or inside > 0.8
     with pytest.raises(ValueError, match="visible is 0"):

@@ -282,9 +282,9 @@ def test_trend_line(tmp_path: Path):
     [
         ("--tasks lokal", "lokal"),
         ("--interventions cls-only --tasks global", "local"),
-        ("--epochs 0", "--epochs 0"),
-        ("--show 1,b", "--show"),
-        ("--labels mean", "majority"),
+        ("--epochs 0", "--epochs: 0 must be at least 1"),
+        ("--show 1,b", "--show 1,b: give numbers"),
+        ("--labels mean", "invalid choice: 'mean'"),
     ],
 )
 def test_mistakes_in_flags_are_usage_errors(mistake: str, told: str, capsys):

@@ -20,7 +20,7 @@ import run
 import train_vlm
 import vit
 import vlm
-from conftest import TINY, launch, refusal
+from conftest import TINY, launch, log_of, losses, refusal
 
 DEEP = TINY | {"depth": 3}  # a baseline's last block is not used, and `truncated` takes two of the others
 STOP = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
@@ -76,14 +76,6 @@ def alone() -> Iterator[None]:
 
 def train(*argv: object) -> None:
     train_vlm.main([str(a) for a in argv])
-
-
-def log_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def losses(out: Path) -> list[float]:
-    return [line["loss"] for line in log_of(out)]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -160,7 +152,7 @@ def test_numbers_are_the_papers():
     """Table 7 for both backbones; the rate rises from 0 over 3% of the updates, then a cosine goes to 0."""
     for recipe in ("clip-vit-l-336", "siglip-so400m-384"):
         o, _ = train_vlm.options(f"--recipe {recipe} --weights w --language l --data a b".split())
-        assert (o.epochs, o.batch, o.lr, o.warmup, o.weight_decay, train_vlm.CLIP) == (2, 128, 2e-5, 0.03, 0.1, 1.0)
+        assert (o.epochs, o.batch, o.lr, o.warmup, o.weight_decay, train_vlm.MAX_NORM) == (2, 128, 2e-5, 0.03, 0.1, 1.0)
         assert (o.variant, o.max_text, o.template) == ("aligned-decoder", 2048, "llama")
     rates = [train_vlm.learning_rate(update, 200, 0.03, 1.0) for update in (0, 3, 6, 6 + 97, 200)]
     assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
@@ -168,7 +160,7 @@ def test_numbers_are_the_papers():
 
 def test_an_update_is_written_out(base: list[str], scenes: Path, tmp_path: Path, monkeypatch):
     """Four updates against the same by hand, one conversation at a time: loss, schedule, clipping, AdamW."""
-    monkeypatch.setattr(train_vlm, "CLIP", 0.5)
+    monkeypatch.setattr(train_vlm, "MAX_NORM", 0.5)
     argv = [*base, "--updates", 4, "--micro-batch", 2, "--weight-decay", 0.3, "--warmup", 0.5, "--seed", 2]
     train(*argv, "--out", tmp_path / "run")
     o, _ = train_vlm.options([str(a) for a in (*argv, "--out", tmp_path / "other")])
@@ -239,7 +231,7 @@ def test_a_killed_run_resumes_exactly(base: list[str], whole: Path, tmp_path: Pa
         time.sleep(0.01)
     process.kill(), process.communicate()
     train(*base, "--out", tmp_path, "--save-every", 2, "--resume")
-    close(tmp_path, whole)  # not exactly: one thread there, two here
+    close(tmp_path, whole, 0, 0)
     assert [path.name[-5:-3] for path in run.checkpoints(tmp_path / "checkpoints")] == ["08", "10"]
 
 

@@ -343,7 +343,7 @@ def test_parts_that_do_not_fit_and_wrong_prompts(tmp_path):
     assert "1 images for 2 prompts" in refusal(model.generate, [image], ["A", "B"])
     assert "turn 1 of a conversation is not text from human" in refusal(model.generate, [None], [[{"from": "gpt"}]])
     assert "cut.png: cannot be read as an image" in refusal(model.generate, [Image.open(cut)], ["What?"])
-    assert "or one is empty" in refusal(model.score, [image], ["A"], [["A", ""]])
+    assert "or one of them is" in refusal(model.score, [image], ["A"], [["A", ""]])
     assert "['blue ring', 'blue'] begin with" in refusal(model.score, [image], ["A"], [["blue ring", "red", "blue"]])
 
 
