@@ -234,7 +234,7 @@ def test_wrong_input_is_one_sentence(base: list[str], tiny_weights: Path, tmp_pa
     for argv, text in (
         (["--weights", tmp_path / "none.safetensors"], "none.safetensors: "),
         (["--weights", tmp_path / "cut.safetensors"], "cut.safetensors: cannot be read"),
-        (["--weights", tmp_path / "siglip.safetensors", "--target", "cls"], "no class token; use --target"),
+        (["--weights", tmp_path / "siglip.safetensors", "--target", "cls"], "no class token; choose the target"),
         (["--data", tmp_path / "texts"], "texts holds no images"),
         (["--data", tmp_path / "nowhere"], "nowhere"),
         (["--batch", 64], "cannot be drawn from 48 samples"),
