@@ -120,7 +120,7 @@ def test_a_resumed_run_has_its_own_options(tmp_path: Path, capsys):
     assert caught.value.code == 2 and "--seed: the run in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["-1", "nan", "inf", "many"])
+@pytest.mark.parametrize("text", ["-1", "nan"])
 def test_numbers_out_of_range_are_usage_errors(text: str, tmp_path: Path, capsys):
     with pytest.raises(SystemExit) as caught:
         parser(tmp_path).parse_args([f"--lr={text}"])
