@@ -365,8 +365,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
         try:
             pickled = file.suffix == ".bin"  # in older folders, such as Vicuna's; no code in it is run
             tensors = torch.load(file, "cpu", weights_only=True, mmap=True) if pickled else safe_open(file, "pt")
-            for name in tensors.keys():
-                yield file, name, tensors[name] if pickled else tensors.get_tensor(name)
+            for name in list(tensors.keys()):  # each is mapped by itself: no second copy of the file builds up
+                yield file, name, tensors[name] if pickled else safe_open(file, "pt").get_tensor(name)
         except Exception as error:  # a damaged file can fail in any way
             raise ValueError(f"{file}: cannot be read as weights ({error!r:.160}); download it again") from None
 
