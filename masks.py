@@ -1,7 +1,7 @@
 """The mask distributions of MaskEmbed (section 3.2, appendix B.1). Needs only torch; copy it.
 
-A mask is a float tensor [batch, patches], 1 = visible, 0 = hidden, patches row by row. The random ones take a CPU
-generator: the same generator state gives the same masks on every machine.
+A mask is float [batch, patches], 1 = visible, 0 = hidden, patches row by row. The random ones take a CPU generator: its
+state gives the same masks on every machine.
 """
 
 import math

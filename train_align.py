@@ -221,9 +221,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # data: what an update sees depends on the seed and its number alone
     train, val = open_images(o, config)
-    share = o.batch // world
+    share, update = o.batch // world, state["update"] if state else 0
     o.micro_batch = o.micro_batch or run.micro_batch(share, 64, multiple=2 if o.mix else 1)
-    update = state["update"] if state else 0
     batches = data.Batches(len(train), o.batch, o.epochs, o.seed, rank, world, o.micro_batch, update, o.updates)
     images = data.Images(train, data.Augment(config.image_size, o.randaugment), o.seed)
     loader = iter(DataLoader(images, batch_sampler=batches, num_workers=o.workers, collate_fn=data.collate,

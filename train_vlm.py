@@ -9,7 +9,7 @@
 Writes to --out: model/ (the VLM), log.jsonl, options.json, checkpoints/. What an update sees depends on the seed and
 its number alone, and its loss is the mean over all answer tokens of the global batch, so in float32 any number of
 processes and micro-batches trains the same model. A checkpoint is one file, from which any number of processes can
-continue, with or without FSDP; the first one gathers it in main memory (7B parameters with AdamW's moments: 81 GB in float32).
+continue, with or without FSDP; the first one gathers it in main memory (81 GB for 7B weights and their AdamW moments).
 """
 
 import argparse

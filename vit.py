@@ -117,12 +117,13 @@ BACKBONES: dict[str, ViTConfig] = {  # table 5, and dinov2-vit-l for feature fus
 
 def attention(q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None, bias: Tensor | None = None) -> Tensor:
     """Soft-capped attention (appendix C), or plain with an additive bias [H, T, T]. q, k, v, result: [B, H, T, d]."""
-    if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+    if q.is_cuda and softcap is not None:
+        return flex_softcap(q, k, v, softcap)  # what follows in one fused kernel
     if q.is_cuda:
-        return flex_softcap(q, k, v, softcap)
+        return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
     logits = q @ k.mT / math.sqrt(q.shape[-1])  # [B, H, T, T]
-    logits = softcap * torch.tanh(logits / softcap)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits = logits if bias is None else logits + bias
     return logits.softmax(-1) @ v
 
 
