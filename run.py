@@ -75,10 +75,8 @@ def all_sum(*values: float) -> list[float]:
 
 
 def on_first(function: Callable[[], object]) -> object:
-    """What function() returns on the first process, or the error it raises there, on every process.
-
-    So the others wait for what is slow or done once, and all end with the same sentence when it fails.
-    """
+    """What function() returns on the first process, or the error it raises there, on every process. The others wait,
+    and all end with the same sentence when it fails."""
     if not dist.is_initialized():
         return function()
     result = [None]
@@ -94,8 +92,7 @@ def on_first(function: Callable[[], object]) -> object:
 
 
 def barrier() -> None:
-    """Wait for all processes, so that none exits early: gloo may still be finishing its last transfer, and a process
-    that exits meanwhile aborts."""
+    """Wait for all processes. None may exit early: gloo aborts one that does while it finishes a transfer."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -162,7 +159,8 @@ def ended(name: str) -> Iterator[None]:
         yield
         barrier()
     except (RunError, ValueError, OSError) as error:
-        text = re.sub(r"Caught .*\n\w+: ", "", str(error), flags=re.DOTALL)  # what torch adds to a data worker's error
+        text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        text = re.sub(r"Caught .*\n\w+: ", "", text, flags=re.DOTALL)  # what torch adds to a data worker's error
         sys.exit(f"{name}: {text.strip()}")
     except torch.OutOfMemoryError:
         sys.exit(f"{name}: the GPU's memory is full; give a smaller batch or micro-batch, or --checkpointing")
@@ -188,8 +186,6 @@ def parse(
     """
     o = parser.parse_args(argv)
     if not o.resume:
-        if checkpoints(o.out / "checkpoints"):
-            raise RunError(f"{o.out} holds a run; continue it with --resume, or choose another --out")
         return o, None
     state = load(o.out / "checkpoints")
     parser.set_defaults(**state["options"] | {"out": o.out})
@@ -198,6 +194,12 @@ def parse(
         if name not in ("out", "resume", *free) and str(getattr(o, name)) != str(value):
             parser.error(f"--{name.replace('_', '-')}: the run in {o.out} has {value}; leave it out, or start anew")
     return o, state
+
+
+def check_new(o: argparse.Namespace) -> None:
+    """RunError: --out holds a run that --resume was not given for."""
+    if not o.resume and checkpoints(o.out / "checkpoints"):
+        raise RunError(f"{o.out} holds a run; continue it with --resume, or choose another --out")
 
 
 def number(least: float, kind: type = int, below: float = math.inf) -> Callable[[str], float]:
@@ -222,10 +224,7 @@ def plain(o: argparse.Namespace) -> dict[str, object]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 def write(path: Path, content: str | Callable[[Path], object]) -> None:
-    """Write a text, or call content(temporary path), and move the file into place: it appears whole or not at all.
-
-    OSError: it cannot be written.
-    """
+    """Write a text, or call content(temporary path); the file appears whole or not at all. OSError: it cannot be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -114,6 +114,7 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
         if getattr(o, name) is None:
             setattr(o, name, value)
     o.visible = o.visible or (0.4 if o.masks == "block" else 0.5)
+    run.check_new(o)
     return o, state
 
 
@@ -283,7 +284,6 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.zero_grad(set_to_none=True)
         update, unreadable = update + 1, unreadable + int(bad)
 
-        # tell
         rate = o.batch / (time.perf_counter() - clock)
         log.record(update=update, loss=loss, lr=lr, grad_norm=norm, skipped=skipped, unreadable=unreadable,
                    images_per_s=round(rate, 1))

@@ -113,6 +113,7 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
         parser.error("--second, the weights of DINOv2, goes with --variant dinov2-fusion")
     if o.images and not (o.data and len(o.images) in (1, len(o.data))):
         parser.error("--images: goes with --data; give one folder for all of its files, or one for each")
+    run.check_new(o)
     return o, state
 
 
