@@ -204,6 +204,8 @@ def test_losses_are_their_formulas():
     assert loss("mse-hidden") == pytest.approx(hidden.item())
     prefix = squares[:, :5].sum().item() / (6 * 21)  # counted in both
     assert loss("mse-hidden") + loss("mse-visible") - prefix == pytest.approx(loss("mse"))
+    p, t = p[:, :1], t[:, :1]  # a class token alone counts whatever is hidden
+    assert loss("mse-hidden") == loss("mse-visible") == loss("mse")
 
 
 def test_baselines_of_the_family():

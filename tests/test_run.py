@@ -95,6 +95,15 @@ def test_two_processes(tmp_path: Path):
     assert [line["update"] for line in log_of(tmp_path / "out")] == list(range(1, 31))
 
 
+def test_the_second_signal_of_any_kind_ends_the_process():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    stop = run.CatchSignals()
+    signal.raise_signal(signal.SIGINT)
+    assert stop.asked == signal.SIGINT
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == [signal.SIG_DFL] * 2
+    signal.signal(signal.SIGTERM, before[0]), signal.signal(signal.SIGINT, before[1])
+
+
 def parser(folder: Path) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=folder)
