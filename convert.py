@@ -34,32 +34,24 @@ from vit import ViT, ViTConfig
 # Parts of our names -> parts of theirs; what is not listed is alike. `query|key|value` are three tensors there and one
 # here, joined in this order.
 HF = {  # what ViT, BEiT and DINOv2 of transformers share
-    "cls_token": "embeddings.cls_token",
-    "reg_token": "embeddings.register_tokens",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "blocks": "encoder.layer",
-    "attn.qkv": "attention.attention.query|key|value",
-    "attn.proj": "attention.output.dense",
-    "norm": "layernorm",
+    "cls_token": "embeddings.cls_token", "reg_token": "embeddings.register_tokens",
+    "pos_embed": "embeddings.position_embeddings", "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "attn.qkv": "attention.attention.query|key|value", "attn.proj": "attention.output.dense",
+    "blocks": "encoder.layer", "norm": "layernorm",
 }
 HF_VIT = HF | {"norm1": "layernorm_before", "norm2": "layernorm_after"}
 HF_VIT |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
 LAYOUTS: dict[str, dict[str, str]] = {
     "timm": {},  # timm's names are ours; the authors of MoCo v3 and MaskEmbed put a prefix before them
     "clip": {  # transformers' CLIP and SigLIP
-        "cls_token": "embeddings.class_embedding",
-        "pos_embed": "embeddings.position_embedding.weight",
-        "patch_embed.proj": "embeddings.patch_embedding",
-        "blocks": "encoder.layers",
-        "attn.qkv": "self_attn.q_proj|k_proj|v_proj",
-        "attn.proj": "self_attn.out_proj",
+        "cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding.weight",
+        "patch_embed.proj": "embeddings.patch_embedding", "blocks": "encoder.layers",
+        "attn.qkv": "self_attn.q_proj|k_proj|v_proj", "attn.proj": "self_attn.out_proj",
         "norm1": "layer_norm1", "norm2": "layer_norm2", "norm_pre": "pre_layrnorm", "norm": "post_layernorm",
     },
     "dinov2": HF | {"ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1"},
     "beit": HF_VIT | {
-        "attn.q_bias": "attention.attention.query.bias",
-        "attn.v_bias": "attention.attention.value.bias",
+        "attn.q_bias": "attention.attention.query.bias", "attn.v_bias": "attention.attention.value.bias",
         "attn.relative_position_bias_table": "attention.attention.relative_position_bias.relative_position_bias_table",
         "gamma_1": "lambda_1", "gamma_2": "lambda_2",
     },

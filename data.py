@@ -456,12 +456,13 @@ class Conversations(Dataset):
     it is about an image, "image", a path below `image_root` (one folder for all files, or one for each).
     encode: messages -> ids and labels; prepare: an image -> a tensor; both picklable. workers: to measure the rows.
     `lengths` [n] is how many ids each row has, `has_image` [n] whether it has an image. A row of length 0 cannot be
-    used, as `describe` explains; it is in `left_out` and in no batch. ValueError: these are more than 1%."""
+    used, as `describe` explains; it is in `left_out` and in no batch. ValueError: these are more than 1%.
+    `features` [n, ...]: where it is set, an example has its row in place of what `prepare` makes of the image."""
 
     def __init__(self, files: Sequence[Path], image_root: Path | Sequence[Path], encode: Callable[[list], tuple],
                  prepare: Callable[[Image.Image], Tensor], workers: int = 0):  # fmt: skip
         self.files, self.encode, self.prepare = list(files), encode, prepare
-        roots = [image_root] if isinstance(image_root, Path) else list(image_root)
+        self.features, roots = None, [image_root] if isinstance(image_root, Path) else list(image_root)
         self.roots = roots * len(files) if len(roots) == 1 else roots
         if len(self.roots) != len(files) or not all(map(os.path.isdir, roots)):
             raise ValueError(f"{', '.join(map(str, roots))}: give one folder of images for all files, or one for each")
@@ -508,12 +509,13 @@ class Conversations(Dataset):
         ids, labels = self._encode(row)
         if not self.has_image[index]:
             return Example(ids, labels, None)
+        if self.features is not None:
+            return Example(ids, labels, self.features[index])
         try:
-            image = to_rgb(read_image(os.path.join(root, row["image"])))
+            return Example(ids, labels, self.prepare(to_rgb(read_image(os.path.join(root, row["image"])))))
         except ValueError as error:
             blank = self.prepare(Image.new("RGB", (8, 8)))  # keeps the batch's shape and modality
             return Example(ids, [-100] * len(ids), blank, f"{name}: {error}")
-        return Example(ids, labels, self.prepare(image))
 
 
 def read_rows(path: Path) -> list[object]:

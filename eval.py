@@ -365,7 +365,7 @@ def results(folder: Path, names: Sequence[str] = tuple(BENCHMARKS)) -> dict[str,
     found = {name: read_json(file) for name in names if (file := folder / f"{name}.json").exists()}
     for name, result in found.items():
         if not isinstance(result, dict) or not {"settings", "rows", "answers"} <= result.keys():
-            raise run.RunError(f"{folder / name}.json: was not written by eval.py; move it, or choose another --out")
+            raise ValueError(f"{folder / name}.json: was not written by eval.py; move it, or choose another --out")
     return found
 
 
@@ -378,7 +378,7 @@ def known_answers(out: Path, name: str, settings: dict) -> dict[str, Answer]:
                 rows.append(json.loads(line))
     for then in (row["settings"] for row in rows if "settings" in row):
         if other := " and ".join(key for key in sorted(then | settings) if then.get(key) != settings.get(key)):
-            raise run.RunError(f"{out}: its answers to {name} were made with other {other}; choose another --out")
+            raise ValueError(f"{out}: its answers to {name} were made with other {other}; choose another --out")
     return {row["id"]: row[KEYS[BENCHMARKS[name].kind]] for row in rows if "id" in row}
 
 
@@ -494,12 +494,13 @@ def compare(folders: Sequence[str], out: Path, each: int | None) -> None:
     models = {name: results(Path(folder)) for name, folder in named}
     if len(models) < len(named):
         raise ValueError(f"two of {', '.join(folders)} have the same name; give names, as NAME=FOLDER")
-    names, rows, lines = list(models), paired(models), []
+    names, rows, lines, clear = list(models), paired(models), [], set()
     for row, (base, *others) in rows.items():
         lines.append([row, *(f"{100 * mean(groups):.2f}" for groups in (base, *others))])
         for change in ([b - a for a, b in zip(base, groups)] for groups in others):
             low, high = bootstrap(change)
             lines[-1].append(f"{100 * mean(change):+.2f} ({100 * low:+.2f} to {100 * high:+.2f})")
+            clear |= {row} if low > 0 or high < 0 else set()
     axes = {f"{b.title}, {part}" for b in BENCHMARKS.values() if b.headline == "parts" for part in b.parts}
     axes |= {b.title for b in BENCHMARKS.values() if b.headline != "parts"}
     pool = {row: np.array([mean(groups) for groups in models]) for row, models in rows.items() if row in axes}
@@ -511,9 +512,10 @@ def compare(folders: Sequence[str], out: Path, each: int | None) -> None:
     print(f"{text}\n\nresults         {out}")
     if len(z) > 2:  # a radar chart needs three axes
         axes = [f"{row}\n{100 * x.min():.1f} - {100 * x.max():.1f}" for row, x in pool.items()]
+        faint = [axis for row, axis in zip(pool, axes) if row not in clear]  # no difference can be told
         reach, series = 0.5 * np.ceil(2 * np.abs([*z.values()]).max() + 1), dict(zip(names, zip(*z.values())))
         parts = [names[i : i + (each or len(names))] for i in range(0, len(names), each or len(names))]
-        charts = [pictures.radar(axes, {name: series[name] for name in part}, reach) for part in parts]
+        charts = [pictures.radar(axes, {name: series[name] for name in part}, reach, faint=faint) for part in parts]
         pictures.grid([charts]).save(out / "radar.png", dpi=(300, 300))
 
 
@@ -582,7 +584,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = (path / "model" if (path / "model").is_dir() else path).resolve()
         title, file = folder.parent.name if folder.name == "model" else folder.name, folder / "model.safetensors"
         if not file.exists():
-            raise run.RunError(f"{file}: missing; make it with python train_vlm.py, or give a folder that it wrote")
+            raise ValueError(f"{file}: missing; make it with python train_vlm.py, or give a folder that it wrote")
         torch.set_float32_matmul_precision("highest")  # no TF32: a score should not depend on the device
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = torch.bfloat16 if o.precision == "bf16" or o.precision == "auto" and native else torch.float32

@@ -202,10 +202,8 @@ OBJECTIVES = {
 }
 
 
-def make_student(
-    teacher: ViT, objective: Objective = OBJECTIVES["maskembed"], softcap: float | None = 30.0, decoder_depth: int = 2,
-    decoder_width: int | None = None, reinit_last_block: bool = False,
-) -> Student:
+def make_student(teacher: ViT, objective: Objective = OBJECTIVES["maskembed"], softcap: float | None = 30.0,
+                 decoder_depth: int = 2, decoder_width: int | None = None, reinit_last_block: bool = False) -> Student:
     """The student at the start of alignment: a trainable copy of the teacher, a zero head, a random decoder.
 
     The encoder's final norm is a fresh LayerNorm (1e-5), also where the backbone has none (BEiT); where the objective
@@ -216,9 +214,8 @@ def make_student(
         config = replace(config, final_norm=1e-5)
     encoder = ViT(config)
     fresh = ["norm."] * objective.head + [f"blocks.{config.depth - 1}."] * reinit_last_block
-    encoder.load_state_dict(
-        encoder.state_dict() | {k: v for k, v in teacher.state_dict().items() if not k.startswith(tuple(fresh))}
-    )
+    kept = {k: v for k, v in teacher.state_dict().items() if not k.startswith(tuple(fresh))}
+    encoder.load_state_dict(encoder.state_dict() | kept)
     decoder, width = objective.decoder, config.embed_dim
     if decoder == "transformer":
         decoder = Decoder(config, decoder_depth, decoder_width)

@@ -5,6 +5,7 @@
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import zip_longest
@@ -22,9 +23,8 @@ GRAY, FAINT = (110, 110, 110), (205, 205, 205)
 
 # --- images -----------------------------------------------------------------------------------------------------------
 
-def grid(
-    rows: Sequence[Sequence[Image.Image | np.ndarray]], titles: Sequence[str] = (), side: int = 0, gap: int = 4
-) -> Image.Image:
+def grid(rows: Sequence[Sequence[Image.Image | np.ndarray]], titles: Sequence[str] = (), side: int = 0,
+         gap: int = 4) -> Image.Image:
     """Rows of images (PIL, or uint8 [H, W, 3] or [H, W]), all resized to side x side if given, with titles on top."""
     cells = [[Image.fromarray(np.asarray(image)).convert("RGB") for image in row] for row in rows]
     if side:
@@ -88,15 +88,15 @@ def legend(picture: Image.Image, colors: dict[str, tuple[int, int, int]]) -> Ima
 Box = Sequence[float]  # x1, y1, x2, y2 from the upper left corner, as fractions of the width and height
 
 
-def card(
-    image: Image.Image, lines: Sequence[tuple[str, str]], boxes: Sequence[tuple[Box, str]] = (), width: int = 320
-) -> Image.Image:
+def card(image: Image.Image, lines: Sequence[tuple[str, str]], boxes: Sequence[tuple[Box, str]] = (),
+         width: int = 320) -> Image.Image:
     """An image of that width, with boxes of given colors, above lines of text of given colors, which are wrapped."""
     font = ImageFont.load_default(13)
     with suppress(Exception):  # damaged metadata can fail in any way
         image = ImageOps.exif_transpose(image)
     height = round(width * image.height / image.width)
-    rows = [(row, color) for text, color in lines for row in wrap(text, font, width)]
+    paragraphs = [(part, color) for text, color in lines for part in text.split("\n")]
+    rows = [(row, color) for part, color in paragraphs for row in textwrap.wrap(part, width // 7)]
     sheet = Image.new("RGB", (width, height + 6 + 17 * len(rows)), "white")
     sheet.paste(image.convert("RGB").resize((width, height), Resampling.BICUBIC))
     draw = ImageDraw.Draw(sheet)
@@ -108,26 +108,10 @@ def card(
     return sheet
 
 
-def wrap(text: str, font: Font, width: float) -> list[str]:
-    """The lines of a text, broken between words so that each fits into `width` pixels."""
-    rows = []
-    for paragraph in text.split("\n"):
-        row = ""
-        for word in paragraph.split():
-            longer = f"{row} {word}".strip()
-            if row and font.getlength(longer) > width:
-                rows.append(row)
-                longer = word
-            row = longer
-        rows.append(row)
-    return rows
-
-
 # --- charts and tables ------------------------------------------------------------------------------------------------
 
-def scatter(
-    points: dict[str, Point], axes: tuple[str, str], line: tuple[float, float] | None = None, side: int = 480
-) -> Image.Image:
+def scatter(points: dict[str, Point], axes: tuple[str, str], line: tuple[float, float] | None = None,
+            side: int = 480) -> Image.Image:
     """Named points (x, y) in a frame with the names of its axes, and the line y = line[0] x + line[1]."""
     font, edge = ImageFont.load_default(), 56
     sheet = Image.new("RGB", (side + 2 * edge, side + 2 * edge), "white")
@@ -159,10 +143,11 @@ def scatter(
 Places = Callable[[Sequence[float]], list[Point]]  # a value for each axis -> points on the sheet
 
 
-def radar(axes: Sequence[str], series: dict[str, Sequence[float]], reach: float, radius: int = 360) -> Image.Image:
+def radar(axes: Sequence[str], series: dict[str, Sequence[float]], reach: float, radius: int = 360,
+          faint: Sequence[str] = ()) -> Image.Image:
     """Named series of one value for each axis, from -reach in the middle to reach at the rim; a ring at each integer.
 
-    The first line of an axis's text is its name; further lines stand below it in gray.
+    The first line of an axis's text is its name; further lines stand below it in gray, and all of those in `faint`.
     """
     fine = 3  # drawn three times as large, then averaged, for smooth lines
     radius, row = fine * radius, fine * radius / 9  # row: the height of a line of text
@@ -186,7 +171,8 @@ def radar(axes: Sequence[str], series: dict[str, Sequence[float]], reach: float,
     for angle, text, end in zip(angles, axes, places([reach] * len(axes))):
         draw.line([(x, y), end], FAINT, fine)
         cos, sin = math.cos(angle), math.sin(angle)
-        write_axis(draw, text, (x + 1.08 * radius * cos, y + 1.12 * radius * sin), (cos, sin), row, (large, small))
+        place, color = (x + 1.08 * radius * cos, y + 1.12 * radius * sin), GRAY if text in faint else "black"
+        write_axis(draw, text, place, (cos, sin), row, (large, small), color)
     draw_series(sheet, series, places, (x - names / 2 - row, bottom), row, large)
     for value in rings:
         right, middle = places([value] * len(axes))[0]
@@ -194,18 +180,18 @@ def radar(axes: Sequence[str], series: dict[str, Sequence[float]], reach: float,
     return sheet.reduce(fine)
 
 
-def write_axis(draw: ImageDraw.ImageDraw, text: str, at: Point, direction: Point, row: float, fonts: tuple) -> None:
+def write_axis(draw: ImageDraw.ImageDraw, text: str, at: Point, direction: Point, row: float, fonts: tuple,
+               color: object) -> None:
     """The text of a radar chart's axis, which points in `direction`; its near edge, not its middle, is `at`."""
     lines, (x, y), (cos, sin) = text.split("\n"), at, direction
     anchor = "rm" if cos < -0.1 else "lm" if cos > 0.1 else "mm"
     y -= row * (len(lines) - 1) * (1 - sin) / 2
     for i, line in enumerate(lines):
-        draw.text((x, y + row * i), line, GRAY if i else "black", fonts[i > 0], anchor)
+        draw.text((x, y + row * i), line, GRAY if i else color, fonts[i > 0], anchor)
 
 
-def draw_series(
-    sheet: Image.Image, series: dict[str, Sequence[float]], places: Places, key: Point, row: float, font: Font
-) -> None:
+def draw_series(sheet: Image.Image, series: dict[str, Sequence[float]], places: Places, key: Point, row: float,
+                font: Font) -> None:
     """The areas, lines and dots of a radar chart's series, and their names in rows below `key`."""
     draw, colors = ImageDraw.Draw(sheet), LINES * math.ceil(len(series) / len(LINES))
     for values, color in zip(series.values(), colors):  # all areas first, since they would tint the lines

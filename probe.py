@@ -322,7 +322,7 @@ def learning_rate(update: int, updates: int, peak: float) -> float:
 
 
 def train(head: nn.Module, probe: Probe, parts: dict, o: Namespace, autocast: torch.autocast, folder: Path) -> dict:
-    """Train a head. parts: "train" and "val" -> (labels, read). RunError: the loss is not finite.
+    """Train a head. parts: "train" and "val" -> (labels, read). ValueError: the loss is not finite.
 
     Returns the metrics of all "epochs" and of the "best" one by macro recall, and for the picture "maps": which classes
     that one predicts for the patches of the validation images "shown".
@@ -351,7 +351,7 @@ def train(head: nn.Module, probe: Probe, parts: dict, o: Namespace, autocast: to
             optimizer.zero_grad()
             update, train_loss = update + 1, loss.item()
             if not math.isfinite(train_loss):
-                raise run.RunError(f"{name}: the loss is not finite at update {update}; lower --lr")
+                raise ValueError(f"{name}: the loss is not finite at update {update}; lower --lr")
             rate, clock = o.batch / (time.perf_counter() - clock), time.perf_counter()
             log.record(update=update, loss=train_loss, images_per_s=round(rate, 1))
         values, maps = evaluate(head, task, *parts["val"], painted, autocast)
@@ -369,9 +369,8 @@ def train(head: nn.Module, probe: Probe, parts: dict, o: Namespace, autocast: to
 
 
 @torch.no_grad()
-def evaluate(
-    head: nn.Module, task: str, labels: data.PatchLabels, read: Read, painted: list[int], autocast: torch.autocast
-) -> tuple[dict, Tensor]:
+def evaluate(head: nn.Module, task: str, labels: data.PatchLabels, read: Read, painted: list[int],
+             autocast: torch.autocast) -> tuple[dict, Tensor]:
     """Loss and metrics; and the class to paint each patch with, [M, N]: of those `painted` the most probable one, if
     its probability is at least 0.5 (majority: above that of class 0), else 0."""
     counts, maps, loss = [], [], 0.0
@@ -501,7 +500,7 @@ def result_file(o: Namespace, name: str, probe: Probe) -> Path:
 
 
 def unfinished(o: Namespace, root: str, backbones: dict) -> list[tuple[str, Probe, dict]]:
-    """What has no result yet: backbone, probe, and all else that its result depends on. RunError: there are results
+    """What has no result yet: backbone, probe, and all else that its result depends on. ValueError: there are results
     without --resume, or they depend on other options or on another file."""
     options = {name: getattr(o, name) for name in ("val_images", "labels", "skip_blocks", "epochs", "batch", "lr")}
     todo = []
@@ -513,9 +512,9 @@ def unfinished(o: Namespace, root: str, backbones: dict) -> list[tuple[str, Prob
         if not then:
             todo.append((name, probe, now))
         elif not o.resume:
-            raise run.RunError(f"{o.out} holds probes already; keep them with --resume, or choose another --out")
+            raise ValueError(f"{o.out} holds probes already; keep them with --resume, or choose another --out")
         elif other := [key for key in now if key in then and then[key] != now[key]]:
-            raise run.RunError(f"{file} was made with another {' and '.join(other)}; give the same, or another --out")
+            raise ValueError(f"{file} was made with another {' and '.join(other)}; give the same, or another --out")
     return todo
 
 

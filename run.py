@@ -28,10 +28,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 
-class RunError(RuntimeError):
-    """The run cannot start or continue; one sentence says why and what to do."""
-
-
 # --- processes --------------------------------------------------------------------------------------------------------
 
 def setup(timeout: timedelta = timedelta(hours=2)) -> tuple[int, int, torch.device]:
@@ -83,10 +79,10 @@ def on_first(function: Callable[[], object]) -> object:
     if dist.get_rank() == 0:
         try:
             result = [function()]
-        except (RunError, ValueError, OSError) as error:
-            result = [RunError(str(error))]
+        except (ValueError, OSError) as error:
+            result = [ValueError(str(error))]
     dist.broadcast_object_list(result)
-    if isinstance(result[0], RunError):
+    if isinstance(result[0], ValueError):
         raise result[0]
     return result[0]
 
@@ -146,9 +142,9 @@ def leave(update: int, updates: int, number: int) -> None:
 
 
 def check_finite(in_row: int, update: int) -> None:
-    """RunError after 20 updates in a row that were skipped because their loss or gradient was not finite."""
+    """ValueError after 20 updates in a row that were skipped because their loss or gradient was not finite."""
     if in_row >= 20:
-        raise RunError(f"update {update}: the loss or gradient was not finite for 20 updates in a row; continue from "
+        raise ValueError(f"update {update}: the loss or gradient was not finite for 20 updates in a row; continue from "
                        "the last checkpoint with --resume and a lower --lr")
 
 
@@ -158,7 +154,7 @@ def ended(name: str) -> Iterator[None]:
     try:
         yield
         barrier()
-    except (RunError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
         text = re.sub(r"Caught .*\n\w+: ", "", text, flags=re.DOTALL)  # what torch adds to a data worker's error
         sys.exit(f"{name}: {text.strip()}")
@@ -177,9 +173,8 @@ def ended(name: str) -> Iterator[None]:
 
 # --- options ----------------------------------------------------------------------------------------------------------
 
-def parse(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, free: Sequence[str]
-) -> tuple[argparse.Namespace, dict | None]:
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
+          free: Sequence[str]) -> tuple[argparse.Namespace, dict | None]:
     """The options and, with --resume, the newest checkpoint, whose own options are the defaults then.
 
     free: the options that a resumed run may change; another value for any other option is refused (exit status 2).
@@ -197,9 +192,9 @@ def parse(
 
 
 def check_new(o: argparse.Namespace) -> None:
-    """RunError: --out holds a run that --resume was not given for."""
+    """ValueError: --out holds a run that --resume was not given for."""
     if not o.resume and checkpoints(o.out / "checkpoints"):
-        raise RunError(f"{o.out} holds a run; continue it with --resume, or choose another --out")
+        raise ValueError(f"{o.out} holds a run; continue it with --resume, or choose another --out")
 
 
 def number(least: float, kind: type = int, below: float = math.inf) -> Callable[[str], float]:
@@ -255,14 +250,14 @@ def save(folder: Path, update: int, state: dict, keep: int = 2) -> None:
 
 
 def load(folder: Path) -> dict:
-    """The newest checkpoint of a run. RunError: there is none, or it is damaged."""
+    """The newest checkpoint of a run. ValueError: there is none, or it is damaged."""
     if not checkpoints(folder):
-        raise RunError(f"--resume: {folder} holds no checkpoint; leave --resume out to start")
+        raise ValueError(f"--resume: {folder} holds no checkpoint; leave --resume out to start")
     path = checkpoints(folder)[-1]
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file can fail in any way
-        raise RunError(f"{path}: is damaged ({type(error).__name__}); remove it to use the one before") from None
+        raise ValueError(f"{path}: is damaged ({type(error).__name__}); remove it to use the one before") from None
 
 
 # --- log --------------------------------------------------------------------------------------------------------------

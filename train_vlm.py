@@ -22,6 +22,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 import data
 import llama
@@ -58,7 +59,8 @@ RECIPES: dict[str, dict[str, object]] = {
     "siglip-so400m-384": PAPER,
     "own": PAPER,
     "demo": PAPER | {
-        "variant": "aligned-mlp", "epochs": 4, "batch": 32, "lr": 1.5e-3, "language": f"{HERE}/demo/language",
+        "variant": "aligned-mlp", "epochs": 6, "batch": 32, "lr": 1.5e-3, "cache_features": True,
+        "language": f"{HERE}/demo/language",
         "aligned": "runs/align/aligned.safetensors", "baseline": f"{HERE}/demo/teacher.safetensors",
     },
 }  # fmt: skip
@@ -97,6 +99,8 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
     add("--micro-batch", type=count, help="conversations at a time on a process; default: the largest divisor up to 16")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the device has it")
     add("--checkpointing", **switch, help="recompute activations instead of keeping them")
+    add("--cache-features", action=argparse.BooleanOptionalAction,
+        help="run the frozen backbone once for each image, not in each epoch; --out takes the features of all images")
     add("--workers", type=run.number(0), default=run.workers(), help="data workers of each process")
     add("--save-every", type=count, default=1000, help="updates between checkpoints")
     o, state = run.parse(parser, argv, FREE)
@@ -179,6 +183,27 @@ def make_optimizer(trained: list[nn.Parameter], lr: float, weight_decay: float) 
     return optimizer
 
 
+def keep_features(o: argparse.Namespace, rank: int, world: int, model: vlm.VLM, source: data.Conversations) -> None:
+    """Run the frozen backbone once for each row; from then on `source` gives the features in place of the pixels. They
+    lie in a file in --out that all processes share; it has no name any more when this returns, and goes with them."""
+    device, size = next(model.parameters()).device, model.config.vision.image_size
+    rows, file = np.flatnonzero(source.has_image & (source.lengths > 0))[rank::world], o.out / "features.bin"
+    loader = DataLoader(Subset(source, [(0, i) for i in rows.tolist()]), 64, num_workers=o.workers,
+        worker_init_fn=run.ignore_signals, collate_fn=data.collate_conversations)  # fmt: skip
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with run.autocast(o.precision, device), run.bar("making features", len(rows), rank, unit="image") as bar:
+        one = model.features(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))  # [1, M, D]
+        kept = torch.from_file(str(file), True, len(source) * one.numel(), dtype=one.dtype).view(-1, *one.shape[1:])
+        for part, (batch, bad) in zip(torch.from_numpy(rows).split(64), loader):
+            if bad:
+                raise ValueError(f"{bad[0]}; --cache-features needs every image: leave the row out")
+            kept[part] = model.features(batch["images"].to(device)).cpu()
+            bar.update(len(part))
+    run.barrier()
+    file.unlink(missing_ok=True)
+    source.features = kept
+
+
 def save_model(model: vlm.VLM, folder: Path, rank: int, dtype: torch.dtype) -> None:
     """Write the VLM's folder on the first process. Sharded weights are gathered there one at a time, as `dtype`."""
     state: dict[str, Tensor] = {}
@@ -223,6 +248,8 @@ def main(argv: list[str] | None = None) -> None:
     encode = functools.partial(vlm.encode, model.tokenizer, model.config.template, max_text=model.config.max_text)
     prepare = functools.partial(vlm.prepare, config=model.config.vision)
     source = run.on_first(lambda: data.Conversations(files, roots, encode, prepare, o.workers))
+    if o.cache_features:
+        keep_features(o, rank, world, model, source)
     share = o.batch // world
     micro = o.micro_batch or run.micro_batch(share, most=16)
     start = state["update"] if state else 0

@@ -69,9 +69,8 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def encode(
-    tokenizer: Tokenizer, template: Template, conversation: Conversation, max_text: int | None = None
-) -> tuple[list[int], list[int]]:
+def encode(tokenizer: Tokenizer, template: Template, conversation: Conversation,
+           max_text: int | None = None) -> tuple[list[int], list[int]]:
     """A conversation as ids, <s> first, and labels: the ids themselves in answers and their </s>, elsewhere -100.
 
     "<image>" is removed from each message, which is then stripped. The pieces that the template makes of them are
@@ -198,8 +197,7 @@ class Truncated(nn.Module):
 
 ADAPTERS: dict[str, type[nn.Module]] = {
     "mlp": MLP, "decoder": DecoderAdapter, "transformer": TransformerAdapter, "truncated": Truncated,
-    "fused-mlp": FusedMLP,
-}
+    "fused-mlp": FusedMLP}
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -267,16 +265,19 @@ class VLM(nn.Module):
         """The parameters to train, by name: the adapter's and the language model's."""
         return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Pixels, uint8 [B, 3, H, W] -> image tokens for the language model, [B, M, E]."""
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """What the frozen backbone says of pixels: uint8 [B, 3, H, W] -> [B, M, D]."""
         features = []
         for backbone in (self.vision,) if self.second is None else (self.second, self.vision):
-            x = vit.normalize(images, backbone.config).to(backbone.patch_embed.proj.weight.dtype)
-            with torch.no_grad():
-                x = backbone(x)  # [B, P + N, D]
-            features.append(x if self.config.prefix else x[:, backbone.config.num_prefix :])
-        dtype = next(self.adapter.parameters()).dtype  # bf16 where FSDP gathers the weights in it
-        return self.adapter(torch.cat(features, -1).to(dtype))
+            x = backbone(vit.normalize(images, backbone.config).to(backbone.patch_embed.proj.weight.dtype))
+            features.append(x if self.config.prefix else x[:, backbone.config.num_prefix :])  # of [B, P + N, D]
+        return torch.cat(features, -1)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Pixels, uint8 [B, 3, H, W], or their `features` -> image tokens for the language model, [B, M, E]."""
+        features = self.features(images) if images.dtype == torch.uint8 else images
+        return self.adapter(features.to(next(self.adapter.parameters()).dtype))  # bf16 where FSDP gathers weights in it
 
     def join(self, ids: Tensor, mask: Tensor, tokens: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """Embeddings [B, S, E] of <s>, M places for an image, and the text; and their mask [B, S].
@@ -293,7 +294,7 @@ class VLM(nn.Module):
         """The summed loss of all labels, a float32 scalar; the caller divides it by their number in the global batch.
 
         ids, labels: [B, T], padded on the right; labels of -100 do not count.
-        images: pixels, uint8 [B', 3, H, W]; None: the batch has no image.
+        images: pixels, uint8 [B', 3, H, W], or their features; None: the batch has no image.
         rows: [B'], the samples that the images belong to, in the order of the images; None: all B, in order.
         """
         if images is None:  # an empty image at weight 0: each parameter has a gradient, processes communicate alike

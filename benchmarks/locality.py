@@ -1,10 +1,12 @@
-"""The probing table of docs/experiments.md: `python benchmarks/locality.py`, more than an hour of two cores.
+"""The probing table and bar chart of README.md: `python benchmarks/locality.py`, 45 minutes of two cores.
 
 MaskEmbed and the baselines of its family against the demo's teacher, over three paired seeds: a seed is that of the
-scenes, of the alignment and of the probes. What an earlier call finished in runs/locality is kept. Differences from the
-teacher: mean and standard error (standard deviation / sqrt 3).
+scenes, of the alignment and of the probes. What an earlier call finished in runs/locality is kept. Prints a table of
+the teacher's mean and the differences from it with their standard errors (standard deviation / sqrt of the seeds), and
+writes bars.png, the means with standard errors.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,10 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).parents[1]
-SEEDS, OUT = (1, 2, 3), Path("runs/locality")
+sys.path.insert(0, str(ROOT))
+import data
+import pictures
+import vit
+
+OUT, TEACHER = Path("runs/locality"), ROOT / "demo/teacher.safetensors"
 NAMES = ("teacher", "maskembed", "additive", "average", "crop")
+Found = dict[str, np.ndarray]  # column -> recall, F1 or share in percent, or leakage, of each seed
 
 
 def command(log: Path, *argv: object) -> None:
@@ -27,56 +38,118 @@ def command(log: Path, *argv: object) -> None:
         subprocess.run([sys.executable, *map(str, argv)], env=environment, stdout=file, stderr=file, check=True)
 
 
+def backbone(objective: str, seed: int) -> Path:
+    """The file of a backbone."""
+    return TEACHER if objective == "teacher" else OUT / f"{objective}-{seed}/align/aligned.safetensors"
+
+
 def align_and_probe(job: tuple[str, int]) -> None:
     """Align the teacher by an objective ("teacher": not at all), and probe what comes out."""
-    objective, seed = job
-    backbone, out, scenes = ROOT / "demo/teacher.safetensors", OUT / f"{objective}-{seed}", OUT / f"scenes-{seed}"
-    if objective != "teacher":
-        backbone = out / "align/aligned.safetensors"
-        if not backbone.exists():
-            flags = f"--objective {objective} --seed {seed} --out {out}/align --workers 0 --data {scenes}/images/train"
-            flags += f" --val {scenes}/images/val" + " --resume" * any((out / "align").glob("checkpoints/update-*"))
-            command(OUT / f"logs/align-{objective}-{seed}.txt", ROOT / "train_align.py", *flags.split())
-    flags = f"{backbone} --data {scenes} --tasks local,global,leakage --heads transformer,linear --seed {seed}"
+    (objective, seed), (out, scenes) = job, (OUT / "{}-{}".format(*job), OUT / f"scenes-{job[1]}")
+    if not (file := backbone(objective, seed)).exists():
+        flags = f"--objective {objective} --seed {seed} --out {out}/align --workers 0 --data {scenes}/images/train"
+        flags += f" --val {scenes}/images/val" + " --resume" * any((out / "align").glob("checkpoints/update-*"))
+        command(OUT / f"logs/align-{objective}-{seed}.txt", ROOT / "train_align.py", *flags.split())
+    flags = f"{file} --data {scenes} --tasks local,global,leakage --heads transformer,linear --seed {seed}"
     flags += f" --out {out}/probe --workers 0 --resume"
-    if objective in ("teacher", "maskembed"):  # as in figure 9, right
-        flags += " --interventions none,cls-only,anonymous"
     command(OUT / f"logs/probe-{objective}-{seed}.txt", ROOT / "probe.py", *flags.split())
 
 
-def found_by(objective: str) -> dict[str, np.ndarray]:
-    """What the probes found: column -> recall in percent, or leakage, of each seed."""
+@torch.no_grad()
+def between_things(scenes: Path, *files: Path) -> list[float]:
+    """How much of the colors in train_align.py's pictures tells what is at a patch: for the teacher and an aligned
+    version of it, the share of the colors' variance, in percent, that lies between patches of different things."""
+    source, tokens = data.Segmentation(scenes, "val", 64), []
+    shown = [source[i] for i in range(0, len(source), 4)]
+    kinds = [[data.majority(maps[i : i + 1], 8, 20) for i in (0, 1)] for _, maps in shown]  # shape and color of a patch
+    _, things = np.unique(np.concatenate(kinds, 1), axis=1, return_inverse=True)  # [images * N]
+    pixels = torch.stack([data.to_tensor(image) for image, _ in shown])
+    for model in map(vit.load, files):
+        last = torch.cat([model(vit.normalize(x, model.config), norm=False) for x in pixels.split(100)])
+        last = last[:, model.config.num_prefix :]
+        tokens.append(F.layer_norm(last, last.shape[2:]))
+    shares = []
+    for colors in pictures.token_colors(*tokens, model.config.grid).reshape(len(files), -1, 3).astype(float):
+        means = np.stack([np.bincount(things, channel) / np.bincount(things) for channel in colors.T], 1)
+        shares.append(100 * means[things].var(0).sum() / colors.var(0).sum())
+    return shares
+
+
+def found_by(objective: str, seeds: list[int]) -> Found:
+    """What was found of one objective's backbones."""
     columns: dict[str, list[float]] = {}
-    for seed in SEEDS:
+    for seed in seeds:
         for result in json.loads((OUT / f"{objective}-{seed}/probe/results.json").read_text())["results"]:
             best, kind = result["best"], result["probe"]
-            title = ", ".join(kind[k] for k in ("task", "head", "intervention") if kind[k] not in ("", "none"))
+            title = ", ".join(kind[k] for k in ("task", "head") if kind[k])
             columns.setdefault(title, []).append(best["leakage"] if "leakage" in best else 100 * best["recall"])
+            if title.startswith("local"):  # recall does not count what is named where it is not; F1, at the end, does
+                columns.setdefault(f"F1 of {title}", []).append(100 * result["epochs"][-1]["f1"])
+        shares = between_things(OUT / f"scenes-{seed}", TEACHER, backbone(objective, seed))
+        columns.setdefault("color variance between things", []).append(shares[1])
     return {title: np.array(values) for title, values in columns.items()}
 
 
+def error(values: np.ndarray) -> float:
+    """The standard error of the mean; 0 for a single value."""
+    return values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def table(found: dict[str, Found]) -> str:
+    """The teacher's means, and the differences from them."""
+    teacher, rows = found["teacher"], []
+    for name, columns in found.items():
+        rows.append([name])
+        for title, values in columns.items():
+            digits, change = (3 if title == "leakage" else 1), values - teacher[title]
+            text = f"{teacher[title].mean():.{digits}f}"
+            rows[-1].append(text if name == "teacher" else f"{change.mean():+.{digits}f} ± {error(change):.{digits}f}")
+    return pictures.table(["macro recall, %", *teacher], rows)
+
+
+def bars(found: dict[str, Found]) -> Image.Image:
+    """Figure 4: a group of bars for each column of recall, a bar for each objective, with its standard error."""
+    titles = [title for title in found["teacher"] if title.startswith(("local", "global"))]
+    low = min(columns[title].min() for columns in found.values() for title in titles) // 10 * 10
+    fine, bar, height, left, top = 3, 26, 260, 44, 34  # drawn 3 times as large, then averaged
+    group, colors = bar * (len(found) + 1), pictures.LINES
+    sheet = Image.new("RGB", (fine * (left + group * len(titles) + 10), fine * (top + height + 26)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(fine * 12)
+
+    def at(x: float, value: float) -> tuple[float, float]:
+        return fine * x, fine * (top + height * (100 - value) / (100 - low))
+
+    for value in np.arange(low, 101, 10):
+        draw.line([at(left, value), at(left + group * len(titles), value)], pictures.FAINT, fine)
+        draw.text(at(left - 6, value), f"{value:.0f}", "black", font, "rm")
+    for i, title in enumerate(titles):
+        for j, (columns, color) in enumerate(zip(found.values(), colors)):
+            x, mean, se = left + group * i + bar * (j + 0.5), columns[title].mean(), error(columns[title])
+            draw.rectangle([at(x + 2, mean), at(x + bar - 2, low)], color)
+            draw.line([at(x + bar / 2, mean - se), at(x + bar / 2, mean + se)], "black", 2 * fine)
+            for end in (mean - se, mean + se):
+                draw.line([at(x + bar / 2 - 4, end), at(x + bar / 2 + 4, end)], "black", 2 * fine)
+        draw.text((fine * (left + group * (i + 0.5)), fine * (top + height + 14)), title, "black", font, "mm")
+    for j, (name, color) in enumerate(zip(found, colors)):
+        x = fine * (left + 100 * j)
+        draw.rectangle([x, fine * 8, x + fine * 12, fine * 20], color)
+        draw.text((x + fine * 18, fine * 14), name, "black", font, "lm")
+    return sheet.reduce(fine)
+
+
 def main() -> None:
-    """Write the scenes, run what is missing, print the table."""
-    for seed in SEEDS:
+    """Write the scenes, run what is missing, print the table, draw the chart."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    seeds = list(range(1, parser.parse_args().seeds + 1))
+    for seed in seeds:
         if not (OUT / f"scenes-{seed}").exists():
             command(OUT / f"logs/scenes-{seed}.txt", ROOT / "demo/scenes.py", OUT / f"scenes-{seed}", "--seed", seed)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(align_and_probe, [(name, seed) for seed in SEEDS for name in NAMES]))
-    found = {name: found_by(name) for name in NAMES}
-    titles = list(found["teacher"])
-    print("| macro recall, % | " + " | ".join(titles) + " |\n| --- |" + " --- |" * len(titles))
-    for name in NAMES:
-        cells = []
-        for title in titles:
-            digits, teacher = (4 if title == "leakage" else 2), found["teacher"][title]
-            if name == "teacher":
-                cells.append(f"{teacher.mean():.{digits}f}")
-            elif title in found[name]:
-                change = found[name][title] - teacher
-                cells.append(f"{change.mean():+.{digits}f} ± {change.std(ddof=1) / len(SEEDS) ** 0.5:.{digits}f}")
-            else:
-                cells.append("")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        list(pool.map(align_and_probe, [(name, seed) for seed in seeds for name in NAMES]))
+    found = {name: found_by(name, seeds) for name in NAMES}
+    print(table(found))
+    bars(found).save(OUT / "bars.png")
 
 
 if __name__ == "__main__":

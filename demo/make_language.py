@@ -1,4 +1,4 @@
-"""Make the demo's language model: a small Llama from scratch, and a tokenizer with a token for each word of the scenes.
+"""Make the demo's language model: a small Llama from scratch, and a tokenizer of the scenes' words and phrases.
 
     python demo/make_language.py FOLDER                           # a minute; demo/language is what it wrote
 
@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import llama
 from demo import scenes
 
+NAME = rf"(▁?(?:{'|'.join([*scenes.COLORS, *scenes.SHAPES, 'object'])})(?:es|s)?\b|▁?\d+)"  # or a number
+
 
 def read_texts(count: int = 2000) -> list[str]:
     """What is tokenized in the conversations about some scenes: each question inside its prompt, each answer alone."""
@@ -33,15 +35,17 @@ def read_texts(count: int = 2000) -> list[str]:
 def train_tokenizer(texts: list[str]) -> bytes:
     """A sentencepiece model of Llama's kind: BPE, and bytes for what it does not know.
 
-    Each word is a symbol, with the space before it ("▁red"), and so is each side of a box, with the punctuation before
-    it ("▁[0.25", ",▁0.50"). Outside of these, the texts hold `letters` alone.
+    Each word is a symbol, with the space before it ("▁red"). So is whatever stands between two names or numbers
+    ("▁In:▁What▁color▁is▁the"), which makes a conversation a third as long, and each side of a box, with the punctuation
+    before it ("▁[0.25", ",▁0.50"). Outside of these, the texts hold `letters` alone.
     """
     lines = [line for text in texts for line in text.split("\n")]
-    plain = ["▁" + text.replace(" ", "▁") for text in texts if not text.startswith("[")]
+    plain = ["▁" + text.replace(" ", "▁") for text in sorted(set(texts)) if not text.startswith("[")]
     words = {word for text in plain for word in re.findall('▁?(?:\\w+|")', text)}
+    phrases = {part for text in plain for part in re.split(NAME, text) if len(part) > 1}
     sides = {f"{start}{pixel / 64:.2f}" for pixel in range(65) for start in ("▁[", ",▁")}
     letters = "▁?.,:]"
-    model, symbols = io.BytesIO(), sorted(words | sides)
+    model, symbols = io.BytesIO(), sorted(words | phrases | sides)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="bpe", user_defined_symbols=symbols,
         vocab_size=3 + 256 + len(symbols) + len(letters), unk_id=0, bos_id=1, eos_id=2, byte_fallback=True,

@@ -114,12 +114,12 @@ def parser(folder: Path) -> argparse.ArgumentParser:
 
 
 def test_a_resumed_run_has_its_own_options(tmp_path: Path, capsys):
-    with pytest.raises(run.RunError, match="holds no checkpoint; leave --resume out"):
+    with pytest.raises(ValueError, match="holds no checkpoint; leave --resume out"):
         run.parse(parser(tmp_path), ["--resume"], ["lr"])
     o, state = run.parse(parser(tmp_path), ["--lr", "0.5", "--seed", "3"], ["lr"])
     assert state is None
     run.save(tmp_path / "checkpoints", 1, {"options": run.plain(o)})
-    with pytest.raises(run.RunError, match="holds a run; continue it with --resume"):
+    with pytest.raises(ValueError, match="holds a run; continue it with --resume"):
         run.check_new(run.parse(parser(tmp_path), [], ["lr"])[0])
     o, state = run.parse(parser(tmp_path), ["--resume"], ["lr"])
     assert (o.lr, o.seed) == (0.5, 3) and state["options"]["seed"] == 3
@@ -151,7 +151,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["update-00000001.pt", "update-00000002.pt"]
     assert run.load(tmp_path)["update"] == 2
     (tmp_path / "update-00000002.pt").write_bytes(b"half")
-    with pytest.raises(run.RunError, match="update-00000002.pt: is damaged"):
+    with pytest.raises(ValueError, match="update-00000002.pt: is damaged"):
         run.load(tmp_path)
 
 

@@ -125,7 +125,7 @@ def test_the_demo_takes_the_scenes(parts: Path, scenes: Path, tmp_path: Path, mo
     assert capsys.readouterr().out.endswith("next: python eval.py runs/vlm\n")
     assert vlm.load("runs/vlm/model").config.adapter == "mlp"
     kept = json.loads(Path("runs/vlm/options.json").read_text())
-    assert [kept[name] for name in ("batch", "epochs", "lr", "warmup", "weight_decay")] == [32, 4, 1.5e-3, 0.03, 0.1]
+    assert [kept[name] for name in ("batch", "epochs", "lr", "warmup", "weight_decay")] == [32, 6, 1.5e-3, 0.03, 0.1]
 
 
 @pytest.mark.parametrize("variant", train_vlm.VARIANTS)
@@ -195,7 +195,8 @@ def test_an_update_is_written_out(base: list[str], scenes: Path, tmp_path: Path,
 
 def test_processes_micro_batches_and_sharding_change_nothing(base: list[str], whole: Path, tmp_path: Path, alone):
     """Two processes, with DDP or FSDP, equal one; and one, with FSDP or without, continues from what two wrote."""
-    ddp = launch("train_vlm.py", *base, "--out", tmp_path / "ddp", "--micro-batch", 2, "--workers", 1, ranks=2)
+    more = ["--micro-batch", 2, "--workers", 1, "--cache-features"]
+    ddp = launch("train_vlm.py", *base, "--out", tmp_path / "ddp", *more, ranks=2)
     fsdp = launch("train_vlm.py", *base, "--out", tmp_path / "fsdp", "--fsdp", "--save-every", 5, ranks=2)
     train(*base, "--out", tmp_path / "accumulated", "--micro-batch", 1, "--checkpointing")
     close(tmp_path / "accumulated", whole)
@@ -208,6 +209,19 @@ def test_processes_micro_batches_and_sharding_change_nothing(base: list[str], wh
         shutil.copytree(tmp_path / "fsdp", tmp_path / name)
         train("--out", tmp_path / name, "--resume", *how)  # with the run's own options
         close(tmp_path / name, whole)
+
+
+def test_features_that_are_made_once_change_nothing(base: list[str], whole: Path, tmp_path: Path, monkeypatch):
+    """The backbone sees each image once, and the losses are those of a run in which it sees them in each epoch."""
+    seen, real = [], vlm.VLM.features
+    monkeypatch.setattr(vlm.VLM, "features", lambda self, images: seen.extend(images) or real(self, images))
+    train(*base, "--out", tmp_path / "kept", "--cache-features")
+    close(tmp_path / "kept", whole)
+    assert len(seen) <= 1 + 40 + 4 and not (tmp_path / "kept" / "features.bin").exists()  # 1 for its size, 4 for texts
+    rows = json.loads((Path(base[base.index("--data") + 1])).read_text())
+    (tmp_path / "rows.json").write_text(json.dumps([rows[0] | {"image": "none.png"}, *rows[1:]]))
+    argv = (*base, "--data", tmp_path / "rows.json", "--out", tmp_path / "bad", "--cache-features")
+    assert "row 1: " in (said := refusal(train, *argv)) and "leave the row out" in said
 
 
 def test_a_stopped_run_resumes_exactly(base: list[str], whole: Path, tmp_path: Path, capsys, monkeypatch):
@@ -244,7 +258,7 @@ def test_non_finite_updates_are_skipped_and_end_the_run(base: list[str], tmp_pat
         train(*base, "--out", tmp_path / name, "--resume")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole") and log_of(tmp_path / "run")[-1]["skipped"] == 1
     at_each_pass(monkeypatch, lambda n: float("nan") if n == 1 or n > 3 else 1.0)
-    with pytest.raises(run.RunError, match="update 23: the loss or gradient was not finite for 20"):
+    with pytest.raises(ValueError, match="update 23: the loss or gradient was not finite for 20"):
         train(*base, "--out", tmp_path / "many", "--updates", 30, "--save-every", 10)
     assert len(run.checkpoints(tmp_path / "many" / "checkpoints")) == 2
 
@@ -290,7 +304,7 @@ def test_usage_errors_exit_with_2(base: list[str], whole: Path, parts: Path, tmp
         with pytest.raises(SystemExit) as caught:
             train("--out", tmp_path, *argv)
         assert caught.value.code == 2 and text in capsys.readouterr().err, argv
-    with pytest.raises(run.RunError, match="continue it with --resume, or choose another --out"):
+    with pytest.raises(ValueError, match="continue it with --resume, or choose another --out"):
         train(*base, "--out", whole)
     assert "40 conversations, not 60" in refusal(train, "--out", whole, "--resume", "--data", parts / "rows.json")
 

@@ -1,0 +1,113 @@
+"""Aligned against baseline, in the demo's vision-language models: `python benchmarks/vision_language.py`.
+
+Pairs of models that differ in the backbone alone, over paired seeds: a seed is that of the scenes, of the alignment, of
+the order of the data and of new weights. The scenes and the aligned backbones are those of benchmarks/locality.py,
+which runs first. What an earlier call finished in runs/vision-language is kept. Prints a table of the mean scores of
+each kind of question and of the differences, with standard errors; writes the radar chart of the first pair (radar.png)
+and questions that one of its models answers right and the other one wrong (answers.png).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from locality import OUT as LOCALITY
+from locality import ROOT, backbone, error
+
+sys.path.insert(0, str(ROOT))
+import eval as evaluation
+import pictures
+
+OUT = Path("runs/vision-language")
+PAIRS = {  # baseline, aligned
+    "mlp": ("baseline-mlp", "aligned-mlp"),
+    "transformer": ("baseline-transformer", "aligned-decoder"),
+    "truncated": ("baseline-truncated", "aligned-truncated"),
+}
+KINDS = [name for name in evaluation.BENCHMARKS if name.startswith("scenes-")]
+
+
+def train_and_ask(variant: str, seed: int) -> None:
+    """Train a model, and ask it about the unseen scenes of the same seed."""
+    out, scenes = OUT / f"{variant}-{seed}", LOCALITY / f"scenes-{seed}"
+    weights = backbone("teacher" if variant.startswith("baseline") else "maskembed", seed)
+    if not (out / "model/config.json").exists():
+        flags = f"--variant {variant} --weights {weights} --data {scenes}/conversations.json --seed {seed} --out {out}"
+        resume = ["--resume"] * any(out.glob("checkpoints/update-*"))
+        subprocess.run([sys.executable, ROOT / "train_vlm.py", *flags.split(), *resume], check=True)
+    flags = f"{out} --data {scenes} --benchmarks {','.join(KINDS)} --out {out}/eval"
+    subprocess.run([sys.executable, ROOT / "eval.py", *flags.split()], check=True)
+
+
+def scores(variant: str, seeds: list[int]) -> dict[str, np.ndarray]:
+    """Kind of question -> percent right of each seed."""
+    found: dict[str, list[float]] = {}
+    for seed in seeds:
+        for result in evaluation.results(OUT / f"{variant}-{seed}/eval", KINDS).values():
+            (title, row), *_ = result["rows"].items()
+            found.setdefault(title, []).append(100 * row["score"])
+    return {title: np.array(values) for title, values in found.items()}
+
+
+def table(pairs: list[str], seeds: list[int]) -> str:
+    """Means and paired differences with standard errors."""
+    header, columns = ["percent right"], []
+    for base, aligned in (PAIRS[pair] for pair in pairs):
+        before, after = scores(base, seeds), scores(aligned, seeds)
+        header += [base, aligned, "difference"]
+        for found in (before, after):
+            columns.append([f"{values.mean():.1f} ± {error(values):.1f}" for values in found.values()])
+        changes = [after[title] - before[title] for title in before]
+        columns.append([f"{change.mean():+.1f} ± {error(change):.1f}" for change in changes])
+    return pictures.table(header, [list(row) for row in zip(before, *columns)])
+
+
+def draw_answers(base: str, aligned: str, seed: int, each: int = 4) -> None:
+    """Questions that the aligned model answers right and the baseline wrong (upper row), and the reverse (lower row)."""
+    rows, rng = ([], []), np.random.default_rng(0)
+    models = [evaluation.results(OUT / f"{variant}-{seed}/eval", KINDS) for variant in (base, aligned)]
+    for name in KINDS:
+        items = {item.id: item for item in evaluation.questions(name, LOCALITY / f"scenes-{seed}")}
+        key = evaluation.KEYS[evaluation.BENCHMARKS[name].kind]
+        for one, other in zip(*(model[name]["answers"] for model in models)):
+            if one["score"] != other["score"]:
+                rows[other["score"] < one["score"]].append((items[one["id"]], one[key], other[key]))
+    sheet = []
+    for row, right in zip(rows, (aligned, base)):
+        cards = []
+        for i in rng.permutation(len(row))[:each]:
+            item, *answers = row[i]
+            said = [item.choices[int(np.argmax(a))] if isinstance(a, list) else a for a in answers]
+            lines = [(item.question, "black")]
+            lines += [(f"{who}: {text}", "green" if who == right else "red") for who, text in zip((base, aligned), said)]
+            cards.append(pictures.card(item.picture(), lines, width=220))
+        sheet.append(cards)
+    pictures.grid(sheet, gap=12).save(OUT / "answers.png")
+
+
+def main() -> None:
+    """Train what is missing, print the table, draw the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    o = parser.parse_args()
+    seeds = list(range(1, o.seeds + 1))
+    for seed in seeds:
+        for variant in (variant for pair in o.pairs for variant in PAIRS[pair]):
+            train_and_ask(variant, seed)
+    (OUT / "results.json").write_text(json.dumps({
+        variant: {title: values.tolist() for title, values in scores(variant, seeds).items()}
+        for pair in o.pairs for variant in PAIRS[pair]
+    }))  # fmt: skip
+    base, aligned = PAIRS[o.pairs[0]]
+    folders = [f"{name}={OUT}/{name}-{seeds[0]}/eval" for name in (base, aligned)]
+    subprocess.run([sys.executable, ROOT / "eval.py", "compare", *folders, "--out", OUT], check=True)
+    draw_answers(base, aligned, seeds[0])
+    print(table(o.pairs, seeds))
+
+
+if __name__ == "__main__":
+    main()
