@@ -66,7 +66,7 @@ def table(pairs: list[str], seeds: list[int]) -> str:
 
 
 def draw_answers(base: str, aligned: str, seed: int, each: int = 4) -> None:
-    """Questions that the aligned model answers right and the baseline wrong (upper row), and the reverse (lower row)."""
+    """Questions that the aligned model answers right and the baseline wrong (upper row), and the reverse (lower)."""
     rows, rng = ([], []), np.random.default_rng(0)
     models = [evaluation.results(OUT / f"{variant}-{seed}/eval", KINDS) for variant in (base, aligned)]
     for name in KINDS:
@@ -80,9 +80,10 @@ def draw_answers(base: str, aligned: str, seed: int, each: int = 4) -> None:
         cards = []
         for i in rng.permutation(len(row))[:each]:
             item, *answers = row[i]
-            said = [item.choices[int(np.argmax(a))] if isinstance(a, list) else a for a in answers]
             lines = [(item.question, "black")]
-            lines += [(f"{who}: {text}", "green" if who == right else "red") for who, text in zip((base, aligned), said)]
+            for who, answer in zip((base, aligned), answers):
+                text = item.choices[int(np.argmax(answer))] if isinstance(answer, list) else answer
+                lines.append((f"{who}: {text}", "green" if who == right else "red"))
             cards.append(pictures.card(item.picture(), lines, width=220))
         sheet.append(cards)
     pictures.grid(sheet, gap=12).save(OUT / "answers.png")
