@@ -189,7 +189,7 @@ def keep_features(o: argparse.Namespace, rank: int, world: int, model: vlm.VLM, 
     device, size = next(model.parameters()).device, model.config.vision.image_size
     rows, file = np.flatnonzero(source.has_image & (source.lengths > 0))[rank::world], o.out / "features.bin"
     loader = DataLoader(Subset(source, [(0, i) for i in rows.tolist()]), 64, num_workers=o.workers,
-        worker_init_fn=run.ignore_signals, collate_fn=data.collate_conversations)  # fmt: skip
+                        worker_init_fn=run.ignore_signals, collate_fn=data.collate_conversations)
     file.parent.mkdir(parents=True, exist_ok=True)
     with run.autocast(o.precision, device), run.bar("making features", len(rows), rank, unit="image") as bar:
         one = model.features(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))  # [1, M, D]
