@@ -100,7 +100,7 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the device has it")
     add("--checkpointing", **switch, help="recompute activations instead of keeping them")
     add("--cache-features", action=argparse.BooleanOptionalAction,
-        help="run the frozen backbone once for each image, not in each epoch; --out takes the features of all images")
+        help="run the frozen backbone once for each row, not in each epoch; the features of all rows lie in --out")
     add("--workers", type=run.number(0), default=run.workers(), help="data workers of each process")
     add("--save-every", type=count, default=1000, help="updates between checkpoints")
     o, state = run.parse(parser, argv, FREE)

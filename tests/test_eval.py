@@ -265,7 +265,10 @@ def test_comparison(files: Path, model: Path, tmp_path: Path, capsys, monkeypatc
     assert [list(series), list(others), reach] == [["0", "1"], ["2", "3"], 2.5]
     assert len(axes) == 14 and axes[8] == "OCID-Ref\n50.0 - 66.7"  # one for each benchmark, but two of TallyQA
     assert [axis.split("\n")[0] for axis in axes[9:12]] == ["VSR", "TallyQA, simple", "TallyQA, complex"]
-    assert (axes[8] in faint[0]["faint"]) == (low <= 0 <= high)  # gray where chance may have made the difference
+    for interval, gray in (([-0.1, 0.2], 14), ([0.1, 0.2], 0), ([-0.2, -0.1], 0)):  # may it be chance?
+        monkeypatch.setattr(evaluation, "bootstrap", lambda _, interval=interval: interval)
+        command("compare", *pair, "--out", tmp_path / "both")
+        assert len(faint[-1]["faint"]) == gray
     assert (series["0"][8], others["2"][8]) == pytest.approx((-(3**0.5), 3**-0.5))
 
     assert "have the same name; give names, as NAME=FOLDER" in fails("compare", pair[0], pair[0])
