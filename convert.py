@@ -42,7 +42,13 @@ HF = {  # what ViT, BEiT and DINOv2 of transformers share
 HF_VIT = HF | {"norm1": "layernorm_before", "norm2": "layernorm_after"}
 HF_VIT |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
 LAYOUTS: dict[str, dict[str, str]] = {
-    "timm": {},  # timm's names are ours; the authors of MoCo v3 and MaskEmbed put a prefix before them
+    "dinov2-own": {"reg_token": "register_tokens"},
+    "timm": {},  # timm's names are ours; DINO, MoCo v3, MaskEmbed and towers of open_clip have a prefix before them
+    "open_clip": {  # and OpenAI's
+        "cls_token": "class_embedding", "pos_embed": "positional_embedding", "patch_embed.proj": "conv1",
+        "norm_pre": "ln_pre", "norm": "ln_post", "norm1": "ln_1", "norm2": "ln_2", "attn.qkv.": "attn.in_proj_",
+        "attn.proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "blocks": "transformer.resblocks",
+    },
     "clip": {  # transformers' CLIP and SigLIP
         "cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding.weight",
         "patch_embed.proj": "embeddings.patch_embedding", "blocks": "encoder.layers",
@@ -58,15 +64,17 @@ LAYOUTS: dict[str, dict[str, str]] = {
     "vit": HF_VIT,
 }  # fmt: skip
 MARKS = {  # a tensor that tells the layout: the first one found; what stands before it stands before every name
+    "dinov2": "encoder.layer.0.norm1.weight",
+    "dinov2-own": "register_tokens",
     "timm": "patch_embed.proj.weight",
     "clip": "embeddings.patch_embedding.weight",
-    "dinov2": "encoder.layer.0.norm1.weight",
     "beit": "encoder.layer.0.lambda_1",
     "vit": "encoder.layer.0.layernorm_before.weight",
+    "open_clip": "ln_pre.weight",
 }
-LEFT_OUT = vit.LEFT_OUT | set(  # other towers, pooling, heads, buffers
-    "pooler classifier decoder text_model visual_projection text_projection logit_scale logit_bias position_ids "
-    "momentum_encoder predictor".split()
+LEFT_OUT = vit.LEFT_OUT | set(  # heads and pooling; so is all before which the prefix does not stand: other towers
+    "pooler classifier decoder visual_projection text_projection logit_scale logit_bias position_ids "
+    "text_model momentum_encoder predictor".split()
 )
 
 
@@ -77,7 +85,8 @@ def detect_layout(names: list[str], path: str | Path) -> tuple[str, str]:
             if name.endswith(mark) and LEFT_OUT.isdisjoint(name.split(".")):
                 return layout, name.removesuffix(mark)
     first = next(iter(names), "missing")
-    raise ValueError(f"{path}: its first tensor is {first}; give a ViT of timm, transformers, MoCo v3 or this project")
+    raise ValueError(f"{path}: its first tensor, {first}, is in no known layout; give a ViT of timm, transformers, "
+                     "open_clip, MoCo v3, MAE, DINO, DINOv2 or this project")
 
 
 def foreign_names(name: str, layout: str) -> list[str]:
@@ -108,24 +117,39 @@ def read_vit(path: str | Path, config: ViTConfig) -> ViT | Student:
     tensors, metadata = vit.read_tensors(path)
     if "config" in metadata:  # ours already
         return vit.load(path, config)
+    tensors = {re.sub(r"\bblocks\.\d+\.(\d+\.)", r"blocks.\1", name): value for name, value in tensors.items()}  # DINOv2's
     layout, prefix = detect_layout(list(tensors), path)
     if prefix == "encoder.":
         return read_aligned(config, tensors, path)
+    if extra := {group(name, prefix) for name in tensors if is_left_out(name, prefix)}:
+        print(f"{path}: leaves out {', '.join(sorted(extra))}")
     return fill(config, tensors, layout, prefix, path)
+
+
+def is_left_out(name: str, prefix: str) -> bool:
+    """Whether a foreign tensor is not the vision tower's, or not needed for token features."""
+    own = name.removeprefix(prefix)
+    return not name.startswith(prefix) or not LEFT_OUT.isdisjoint(own.split(".")) or own == "proj"  # CLIP's last layer
+
+
+def group(name: str, prefix: str) -> str:
+    """A short name for the part of a file that a tensor belongs to: visual.trunk.head.proj.weight -> visual.trunk.head."""
+    parts, before = name.split("."), prefix.split(".")
+    return ".".join(parts[: len(before) if name.startswith(prefix) else 1 + (parts[0] == before[0])])
 
 
 def fill(config: ViTConfig, tensors: dict[str, Tensor], layout: str, prefix: str, path: str | Path) -> ViT:
     """A model with a foreign layout's tensors. ValueError: they are not this model's."""
     with torch.device("meta"):  # no memory and no time for initial values that the file replaces
         model = ViT(config)
-    state, rest = {}, {k: value for k, value in tensors.items() if LEFT_OUT.isdisjoint(k.split("."))}
+    state, rest = {}, {name: value for name, value in tensors.items() if not is_left_out(name, prefix)}
     for name, _ in model.named_parameters():
         parts = [prefix + part for part in foreign_names(name, layout)]
         if rest.keys() >= set(parts):
             state[name] = torch.cat([rest.pop(part) for part in parts]) if len(parts) > 1 else rest.pop(parts[0])
     for name in {"cls_token", "pos_embed"} & state.keys():  # CLIP has no batch axis on them
         state[name] = state[name].view(1, -1, state[name].shape[-1])
-    if layout == "dinov2" and config.pos_embed == "patches":  # the class token's position goes into the token
+    if layout.startswith("dinov2") and config.pos_embed == "patches":  # the class token's position goes into the token
         state["cls_token"] = state["cls_token"].float() + state["pos_embed"][:, :1].float()
         state["pos_embed"] = state["pos_embed"][:, 1:]
     model.to_empty(device="cpu")
@@ -377,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("vit", help="a file in any layout -> a file of ours")
     command.add_argument("name", choices=vit.BACKBONES, metavar="NAME", help=", ".join(vit.BACKBONES))
-    command.add_argument("source", help="file of timm, transformers, MoCo v3, the MaskEmbed authors, or ours")
+    command.add_argument("source", help="a file, or a folder with one, of timm, transformers, open_clip, or a backbone's authors")
     command.add_argument("target", help="the file to write, .safetensors")
     command.add_argument("--image-size", type=int, help="resample position embeddings to this input size")
     command = commands.add_parser("llama", help="Meta's layout -> transformers', or back; the folder says which it is")
@@ -390,13 +414,14 @@ def main(argv: list[str] | None = None) -> None:
     command = commands.add_parser("info", help="what a file of a vision transformer holds")
     command.add_argument("file")
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters
     try:
         if args.command == "vit":
             print(convert_vit(args.name, args.source, args.target, args.image_size))
         elif args.command == "llama":
             print(convert_llama(args.source, args.target))
         elif args.command == "export":
-            how = export_language if Path(args.file).is_dir() else export_vit
+            how = export_language if (Path(args.file) / "config.json").is_file() else export_vit
             for note in how(args.file, args.target, args.layout):
                 print(f"Note: {note}")
             print(f"{args.target}: written in the layout of {args.layout}")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,32 @@ def check_unreadable(bad: int, seen: int, what: str = "images", example: str = "
     if bad > 0.01 * seen + 5:
         such = example and f", such as {example}"
         raise ValueError(f"{bad} of {seen} {what} cannot be used, more than 1%{such}: repair or remove them")
+
+
+def read_text(path: Path) -> str:
+    """A text file as people save it: UTF-8 or UTF-16, with a byte order mark or without, any line ends. Bytes that are no
+    text become U+FFFD."""
+    with open(path, "rb") as file:
+        wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    with open(path, encoding="utf-16" if wide else "utf-8-sig", errors="replace") as file:
+        return file.read()
+
+
+def read_json(path: Path, lines: bool | None = False) -> Any:
+    """The value in a JSON file, or those on its lines (lines=None: on its lines, unless it begins with "["). Half an
+    emoji in a string becomes U+FFFD. ValueError names the line that is not JSON."""
+    text, values = read_text(path), []
+    lines = text.lstrip()[:1] != "[" if lines is None else lines
+    for number, part in enumerate(text.split("\n") if lines else [text]):
+        try:
+            values += [json.loads(part)] if part.strip() or not lines else []
+        except json.JSONDecodeError as error:
+            line = number + error.lineno
+            raise ValueError(f"{path}, line {line} is not JSON ({error.msg}); repair it or download it again") from None
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # characters written as two halves; one half alone is not text
+        text = json.dumps(values, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        values = json.loads(text)
+    return values if lines else values[0]
 
 
 class Strings:
@@ -123,12 +150,51 @@ def list_images(root: str) -> list[bytes]:
 
 # --- from a file to an augmented crop (appendix C) --------------------------------------------------------------------
 
+# Files to pixels: `TURNS`, `to_rgb`, `turn` and `upright` are those of vit.py, as either file stands alone.
+
+# EXIF orientations from 2 on (1 is upright): what turns the stored picture upright
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB. 16-bit grays are scaled to 8 bits (Pillow alone would clip them). Transparency is dropped, as in
-    torchvision's and timm's folders: such a pixel shows the color stored under it."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    """Any mode as RGB. Transparency is dropped: such a pixel shows the color stored under it. Grays of more than 8 bits,
+    which Pillow would clip, are scaled: 16 bits to 8; floats by 255, or from their least to their greatest value where
+    that is not from 0 to 1 (and so are integers of more than 16 bits)."""
+    if image.mode[0] in "IF":
+        gray = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
+        most = 1 if image.mode == "F" else 65535
+        low, high = (0, most) if 0 <= gray.min() and gray.max() <= most else (gray.min(), gray.max())
+        image = Image.fromarray(((gray - low) * (255.999 / (high - low or 1))).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns a stored picture upright, by its EXIF orientation. Damaged metadata says nothing."""
+    with suppress(Exception):
+        return TURNS.get(image.getexif().get(0x0112))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Any image as RGB, turned upright."""
+    image.load()  # some formats store the EXIF data after the pixels
+    how, image = turn(image), to_rgb(image)
+    if how is not None:
+        image = image.transpose(how)
+        image.info = {}  # so that nobody turns it again
+    return image
+
+
+def open_image(path: Path, convert: Callable[[Image.Image], Image.Image] = upright) -> Image.Image:
+    """The picture in a file, as every part of the project sees it. convert: `to_rgb` where annotations go with it, which
+    are drawn over the pixels as stored. ValueError: it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            image = convert(image).copy()  # the file's own object remembers its orientation
+            image.info = {}  # so that nobody turns it again
+            return image
+    except Exception as error:  # Pillow raises nearly every kind for damaged files
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
 
 
 def resized_crop(image: Image.Image, size: int, scale: tuple[float, float], resample: int) -> Image.Image:
@@ -137,17 +203,12 @@ def resized_crop(image: Image.Image, size: int, scale: tuple[float, float], resa
     JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that still has every pixel of the whole resized image."""
     if image.format not in ("JPEG", "MPO"):
         image.load()  # other formats may store the EXIF orientation after the pixels
-    sideways = False
-    with suppress(Exception):  # damaged metadata does not make an image unreadable
-        sideways = image.getexif().get(0x0112) in (5, 6, 7, 8)
+    sideways = turn(image) in (TURNS[n] for n in (5, 6, 7, 8))
     width, height = image.size[::-1] if sideways else image.size
     ratio = min(width, height) / size
     width, height = max(1, round(width * scale[0] / ratio)), max(1, round(height * scale[1] / ratio))
     image.draft("RGB", (height, width) if sideways else (width, height))  # does nothing to other formats
-    image.load()
-    with suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
-    image = to_rgb(image)
+    image = upright(image)
     crop = min(width, size), min(height, size)
     left, top = round((width - crop[0]) / 2), round((height - crop[1]) / 2)
     across, down = image.width / width, image.height / height  # decoded pixels to one resized pixel
@@ -309,16 +370,6 @@ LAYOUTS = (  # images and label maps; class names; what is added to a stored cla
 Labeled = namedtuple("Labeled", "image labels")  # a square RGB image, and its pixels' classes: uint8 [maps, S, S]
 
 
-def read_image(path: Path) -> Image.Image:
-    """An image in the mode of its file, decoded. ValueError: it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except Exception as error:  # Pillow raises nearly every kind for damaged files
-        raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
-
-
 class Segmentation:
     """One part ("train" or "val") of a data set with label maps, each image at size x size: a sequence of `Labeled`.
     root: a folder as COCO-Stuff and ADE20k distribute theirs, or one with images/train, images/val, labels/train,
@@ -345,7 +396,7 @@ class Segmentation:
         name = self.images.name(index)
         path = os.path.join(self.maps, os.path.splitext(name)[0] + ".png")
         # neither is turned upright by its EXIF data: maps are drawn over the stored pixels
-        image, labels = read_image(os.path.join(self.images.root, name)), read_image(path)
+        image, labels = open_image(os.path.join(self.images.root, name), to_rgb), open_image(path, lambda image: image)
         (width, height), (across, down) = image.size, labels.size
         if abs(width * down - height * across) > max(width, height, across, down):  # beyond rounding
             raise ValueError(f"{path} is {across} x {down}, but its image {width} x {height}: another shape")
@@ -353,7 +404,7 @@ class Segmentation:
         if labels.max() >= len(self.names):
             raise ValueError(f"{path} holds class {labels.max()}, but the named classes end at {len(self.names) - 1}")
         labels = labels.reshape(self.size, self.size, -1).transpose(2, 0, 1)
-        return Labeled(center_square(to_rgb(image), self.size, BILINEAR), labels)
+        return Labeled(center_square(image, self.size, BILINEAR), labels)
 
 
 def center_square(image: Image.Image, size: int, resample: int) -> Image.Image:
@@ -367,8 +418,7 @@ def read_class_names(path: Path) -> tuple[list[str], dict[str, list[int]]]:
     """Class names by number, and the kinds of classes where the file tells: from a labels.txt as COCO-Stuff's (lines
     "1: person"; below a line "# things" they are of that kind) or ADE20k's objectInfo150.txt (a table: its numbers
     start at 1, its names come last; 0 is unlabeled)."""
-    with open(path, encoding="utf-8") as file:
-        lines, groups = [line.strip() for line in file if line.strip()], {}
+    lines, groups = [line.strip() for line in read_text(path).split("\n") if line.strip()], {}
     try:
         if lines[0].startswith("Idx"):
             rows = [line.split(maxsplit=len(lines[0].split()) - 1) for line in lines[1:]]
@@ -512,25 +562,17 @@ class Conversations(Dataset):
         if self.features is not None:
             return Example(ids, labels, self.features[index])
         try:
-            return Example(ids, labels, self.prepare(to_rgb(read_image(os.path.join(root, row["image"])))))
+            return Example(ids, labels, self.prepare(open_image(os.path.join(root, row["image"]))))
         except ValueError as error:
             blank = self.prepare(Image.new("RGB", (8, 8)))  # keeps the batch's shape and modality
             return Example(ids, [-100] * len(ids), blank, f"{name}: {error}")
 
 
 def read_rows(path: Path) -> list[object]:
-    """The rows of a JSON list or of JSON lines. ValueError: it has none, or a line, which is named, is not JSON."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        text, rows = file.read(), []
-    for before, part in enumerate([text] if text.lstrip()[:1] == "[" else map("[{}]".format, text.split("\n"))):
-        try:
-            rows += json.loads(part)
-        except json.JSONDecodeError as error:
-            line = before + error.lineno
-            raise ValueError(f"{path}, line {line} is not JSON ({error.msg}); repair it or download it again") from None
-    if not rows:
-        raise ValueError(f"{path} holds no conversations; give a JSON list of them, or one on each line")
-    return rows
+    """The rows of a JSON list or of JSON lines. ValueError: it has none, or is not JSON."""
+    if rows := read_json(path, lines=None):
+        return rows
+    raise ValueError(f"{path} holds no conversations; give a JSON list of them, or one on each line")
 
 
 def fault(row: object) -> str | None:
@@ -541,7 +583,7 @@ def fault(row: object) -> str | None:
     for number, turn in enumerate(turns):
         role = "gpt" if number % 2 else "human"
         text = turn.get("value") if isinstance(turn, dict) and turn.get("from") == role else None
-        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # halves of characters, which are not text
+        if not isinstance(text, str):
             return f'message {number + 1} is not {{"from": "{role}", "value": "some text"}}'
     return None if isinstance(row.get("image") or "", str) else "its image is not a path"
 

@@ -33,6 +33,7 @@ import data
 import pictures
 import run
 import vlm
+from data import read_json, read_text
 
 MODEL, RESULTS = Path("runs/vlm"), Path("runs/eval")
 Answer = str | list[float]  # what the model wrote, or the probability of each choice
@@ -65,10 +66,16 @@ def normalize(text: str, benchmark: str, truth: bool = False) -> str:
     return " ".join(tables["contractions"].get(word, word) for word in words if word not in tables["articles"])
 
 
-def vqa_accuracy(benchmark: str, answer: str, truths: Sequence[str]) -> float:
-    """VQA accuracy: leave out each of the ten people in turn; an answer is right if three of the other nine gave it."""
+def vqa_accuracy(benchmark: str, answer: str, truths: Sequence[str], today: bool = False) -> float:
+    """VQA accuracy: leave out each of the ten people in turn; an answer is right if three of the other nine gave it.
+
+    today: as VQAv2's official program has it since 2021. It takes articles and number words out of the true answers,
+        too, and compares as they are what ten people agree on. The paper's numbers are those of the one before.
+    """
+    if today and len({truth.strip() for truth in truths}) == 1:
+        return float(answer.strip() == truths[0].strip())
     answer = normalize(answer, benchmark)
-    equal, total = [normalize(truth, benchmark, truth=True) == answer for truth in truths], 0.0
+    equal, total = [normalize(truth, benchmark, truth=not today) == answer for truth in truths], 0.0
     for one in equal:  # not sum(), which newer Pythons round differently from the official scorers
         total += min(1, (sum(equal) - one) / 3)
     return total / len(equal)
@@ -117,12 +124,7 @@ class Item:
 
     def picture(self) -> Image.Image:
         """The decoded image. ValueError: it cannot be read."""
-        try:
-            image = Image.open(self.image)
-            image.load()
-            return Image.fromarray(np.asarray(image.convert("RGB"))) if self.as_stored else image
-        except Exception as error:  # Pillow raises nearly any kind of error for damaged files
-            raise ValueError(f"{self.image}: cannot be read ({type(error).__name__}); download it again") from None
+        return data.open_image(self.image, data.to_rgb if self.as_stored else data.upright)
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,12 @@ def aucs(items: list[Item], answers: list[Answer]) -> dict[str, float]:
     return {"ROC AUC": float(roc), "AP": float(np.mean([areas(truth == a, p[:, a])[1] for a in right]))}
 
 
+def vqa_today(items: list[Item], answers: list[Answer]) -> dict[str, float]:
+    """VQAv2 by the official program of today, beside the paper's number."""
+    scores = [vqa_accuracy("vqav2", answer, item.truth, today=True) for item, answer in zip(items, answers)]
+    return {"by today's program": float(np.mean(scores))}
+
+
 def unanswerable(items: list[Item], answers: list[Answer]) -> dict[str, float]:
     """VizWiz: how well the answer "unanswerable" detects the questions that are."""
     positive = np.array([item.part == "unanswerable" for item in items])
@@ -194,15 +202,6 @@ def unanswerable(items: list[Item], answers: list[Answer]) -> dict[str, float]:
 
 
 # --- readers, each of the files that a benchmark's authors distribute -------------------------------------------------
-
-def read_json(path: Path, lines: bool = False) -> dict | list:
-    """The contents of a JSON file, or of a file with a JSON value on each line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a byte order mark
-        return [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from None
-
 
 class PlainUnpickler(pickle.Unpickler):
     """Reads lists, dicts, strings and numbers. A pickle that names a class or function could run any code."""
@@ -284,7 +283,7 @@ def read_tallyqa(root: Path) -> Iterator[Item]:
 
 def read_ai2d(root: Path) -> Iterator[Item]:
     """AI2D val and test: diagrams, four answers to choose from."""
-    test = set((root / "ai2d/ai2d_test_ids.csv").read_text(encoding="utf-8-sig").split())
+    test = set(read_text(root / "ai2d/ai2d_test_ids.csv").split())
     for path in sorted((root / "ai2d/questions").glob("[!.]*.json")):
         diagram = read_json(path)
         image, part = root / "ai2d/images" / diagram["imageName"], "test" if path.name.split(".")[0] in test else "val"
@@ -324,7 +323,7 @@ HALF = dict(score=partial(box_found, 0.5), **BOXES)
 BENCHMARKS: dict[str, Benchmark] = {
     "vqav2": Benchmark(
         "VQAv2", read_vqav2, "vqav2/: v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json "
-        "(visualqa.org); coco/val2014/ (cocodataset.org)", SHORT, partial(vqa_accuracy, "vqav2")),
+        "(visualqa.org); coco/val2014/ (cocodataset.org)", SHORT, partial(vqa_accuracy, "vqav2"), metrics=vqa_today),
     "gqa": Benchmark(
         "GQA", read_gqa, "gqa/: testdev_balanced_questions.json, images/ (cs.stanford.edu/people/dorarad/gqa)", SHORT),
     "vizwiz": Benchmark("VizWiz", read_vizwiz, "vizwiz/: val.json, val/ (vizwiz.org)", VIZWIZ,

@@ -273,6 +273,7 @@ class Llama(nn.Module):
         for step in range(steps):
             if step > 0:
                 logits = self.decode(token[:, None], cache)
+            check_finite(logits)
             token = logits.argmax(-1)
             if temperature > 0:
                 token = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
@@ -289,13 +290,19 @@ class Llama(nn.Module):
         return [list(text[: text.index(stop)] if stop in text else text) for text in zip(*steps)]
 
 
+def check_finite(logits: Tensor) -> None:
+    """ValueError: the logits are not all finite, and no answer or score follows from them."""
+    if not logits.isfinite().all():
+        raise ValueError("the model's outputs are not finite numbers: its weights are damaged or training diverged")
+
+
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
 
 class Tokenizer:
     """Llama's tokenizer: a sentencepiece model, and <s> and </s> around a text. (Inside, they are mere characters.)"""
 
     def __init__(self, path: str | Path, vocab_size: int | None = None):
-        """path: tokenizer.model or the folder with it. vocab_size: the model's. ValueError: it is not the model's."""
+        """path: tokenizer.model or the folder with it. vocab_size: the model's. ValueError: the model has fewer."""
         path = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
         advice = "use the tokenizer.model that came with the weights"
         try:
@@ -305,8 +312,8 @@ class Tokenizer:
         self.vocab_size, self.bos, self.eos = self.pieces.vocab_size(), self.pieces.bos_id(), self.pieces.eos_id()
         if min(self.bos, self.eos) < 0:
             raise ValueError(f"{path}: has no <s> or no </s>; {advice}")
-        if vocab_size not in (None, self.vocab_size):
-            raise ValueError(f"{path}: has {self.vocab_size} tokens, the model {vocab_size}; {advice}")
+        if vocab_size is not None and vocab_size < self.vocab_size:  # more rows than words are padding
+            raise ValueError(f"{path}: has {self.vocab_size} tokens, the model only {vocab_size}; {advice}")
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of a text, with <s> before it and </s> after it if asked for."""
@@ -314,7 +321,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens and the space before the first word."""
-        return self.pieces.decode([i for i in ids if i >= 0 and not self.pieces.is_control(i)])
+        return self.pieces.decode([i for i in ids if 0 <= i < self.vocab_size and not self.pieces.is_control(i)])
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ids piece by piece, as they come; a character of several bytes comes when it is whole."""
@@ -384,6 +391,8 @@ def fill(model: Llama, folder: str | Path) -> None:
         shape = lacking.pop(name, "no such tensor, or has it already")
         if list(value.shape) != shape:
             raise ValueError(f"{file}: tensor {name} is {list(value.shape)}, the model has {shape}; {other}")
+        if not value.isfinite().all():
+            raise ValueError(f"{file}: tensor {name} holds a NaN or an infinity; download it again")
         p = parameters[name]
         if hasattr(p, "placements"):  # a DTensor: each process keeps its own part, without communication
             value = torch.distributed.tensor.distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)

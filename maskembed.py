@@ -228,12 +228,17 @@ def make_student(teacher: ViT, objective: Objective = OBJECTIVES["maskembed"], s
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-def save(student: Student, path: str | Path, **notes: object) -> None:
-    """Write encoder.*, head.* and decoder.* with what rebuilds them, and `notes`; `vit.load` reads the encoder."""
+def describe(student: Student, **notes: object) -> dict[str, str]:
+    """What rebuilds a student, and `notes`, as the metadata of its file."""
     decoder, head = student.pool or student.decoder.options, isinstance(student.head, nn.Linear)
     about = {"decoder": decoder, "head": head, "target": student.target, "target_scale": student.target_scale}
     metadata = {"config": asdict(student.encoder.config), "maskembed": about} | notes
-    vit.save_tensors(student.state_dict(), path, {key: json.dumps(value) for key, value in metadata.items()})
+    return {key: json.dumps(value) for key, value in metadata.items()}
+
+
+def save(student: Student, path: str | Path, **notes: object) -> None:
+    """Write encoder.*, head.* and decoder.* with what rebuilds them, and `notes`; `vit.load` reads the encoder."""
+    vit.save_tensors(student.state_dict(), path, describe(student, **notes))
 
 
 def load(path: str | Path, config: str | ViTConfig | None = None) -> Student:

@@ -7,12 +7,11 @@
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import zip_longest
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from PIL.Image import Resampling
 
 # The colors of Okabe and Ito, which color-blind readers and a printer can tell apart
@@ -92,19 +91,18 @@ def card(image: Image.Image, lines: Sequence[tuple[str, str]], boxes: Sequence[t
          width: int = 320) -> Image.Image:
     """An image of that width, with boxes of given colors, above lines of text of given colors, which are wrapped."""
     font = ImageFont.load_default(13)
-    with suppress(Exception):  # damaged metadata can fail in any way
-        image = ImageOps.exif_transpose(image)
-    height = round(width * image.height / image.width)
+    scale = min(width / image.width, 2 * width / image.height)  # a tall strip is at most twice as high
+    size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
     paragraphs = [(part, color) for text, color in lines for part in text.split("\n")]
     rows = [(row, color) for part, color in paragraphs for row in textwrap.wrap(part, width // 7)]
-    sheet = Image.new("RGB", (width, height + 6 + 17 * len(rows)), "white")
-    sheet.paste(image.convert("RGB").resize((width, height), Resampling.BICUBIC))
+    sheet = Image.new("RGB", (width, size[1] + 6 + 17 * len(rows)), "white")
+    sheet.paste(image.convert("RGB").resize(size, Resampling.BICUBIC))
     draw = ImageDraw.Draw(sheet)
     for (x1, y1, x2, y2), color in boxes:
-        corners = [x1 * (width - 1), y1 * (height - 1), x2 * (width - 1), y2 * (height - 1)]
+        corners = [share * (side - 1) for share, side in zip((x1, y1, x2, y2), 2 * size)]
         draw.rectangle(corners, outline=color, width=3)
     for number, (row, color) in enumerate(rows):
-        draw.text((0, height + 4 + 17 * number), row, color, font)
+        draw.text((0, size[1] + 4 + 17 * number), row, color, font)
     return sheet
 
 

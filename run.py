@@ -151,6 +151,7 @@ def check_finite(in_row: int, update: int) -> None:
 @contextmanager
 def ended(name: str) -> Iterator[None]:
     """Around a command: an error that its user can fix ends it with one sentence and exit status 1."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters
     try:
         yield
         barrier()

@@ -244,6 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         scale = 1.0 if o.loss == "cosine" else validate(o, rank, world, log, teacher, student, val)
         first = last = validate(o, rank, world, log, teacher, student, val, scale)
         log.record(update=0, epoch=0.0, val_loss=first)
+    student.target_scale = scale
     if o.compile:
         torch._dynamo.config.recompile_limit = 64  # blocks are compiled for each model, batch size and gradient mode
         for block in (m for m in [*teacher.modules(), *student.modules()] if isinstance(m, vit.Block)):
@@ -303,14 +304,14 @@ def main(argv: list[str] | None = None) -> None:
             values = scale, first, last, skipped, in_row, unreadable
             run.save(o.out / "checkpoints", update, {
                 "options": kept, "update": update, "images": len(train), "backbone": asdict(config),
-                "student": student.state_dict(), "optimizer": optimizer.state_dict(), **dict(zip(STATE, values)),
+                "student": student.state_dict(), "metadata": maskembed.describe(student),
+                "optimizer": optimizer.state_dict(), **dict(zip(STATE, values)),
             })
         if stopped:
             run.leave(update, updates, stop.asked)
     bar.close()
 
     path = o.out / "aligned.safetensors"
-    student.target_scale = scale
     run.on_first(lambda: maskembed.save(student, path, recipe=o.recipe, objective=o.objective, updates=update))
     if rank == 0:
         print(f"""

@@ -21,11 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+Image.MAX_IMAGE_PIXELS = 2**28  # by default, Pillow takes a photo of 100 megapixels for an attack
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -350,19 +352,45 @@ def fit(image: Image.Image, config: ViTConfig, square: bool = False) -> Image.Im
     image, size = upright(image), config.image_size
     if square:
         return image.resize((size, size), Image.Resampling.BICUBIC)
+    if max(image.size) > 8 * min(image.size):  # of a long strip, only the middle is resized
+        x, y = (max(0, side - 8 * min(image.size)) // 2 for side in image.size)
+        image = image.crop((x, y, image.width - x, image.height - y))
     width, height = (int(int(size / config.crop_pct) * side / min(image.size)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
 
 
+# EXIF orientations from 2 on (1 is upright): what turns the stored picture upright
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB. Transparency is dropped: such a pixel shows the color stored under it. Grays of more than 8 bits,
+    which Pillow would clip, are scaled: 16 bits to 8; floats by 255, or from their least to their greatest value where
+    that is not from 0 to 1 (and so are integers of more than 16 bits)."""
+    if image.mode[0] in "IF":
+        gray = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
+        most = 1 if image.mode == "F" else 65535
+        low, high = (0, most) if 0 <= gray.min() and gray.max() <= most else (gray.min(), gray.max())
+        image = Image.fromarray(((gray - low) * (255.999 / (high - low or 1))).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns a stored picture upright, by its EXIF orientation. Damaged metadata says nothing."""
+    with contextlib.suppress(Exception):
+        return TURNS.get(image.getexif().get(0x0112))
+
+
 def upright(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB, turned as its EXIF data says. 16-bit grays are scaled to 8 bits; Pillow would clip them."""
-    with contextlib.suppress(Exception):  # damaged metadata can fail in any way; the picture is still readable
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    """Any image as RGB, turned upright."""
+    image.load()  # some formats store the EXIF data after the pixels
+    how, image = turn(image), to_rgb(image)
+    if how is not None:
+        image = image.transpose(how)
+        image.info = {}  # so that nobody turns it again
+    return image
 
 
 def normalize(images: Tensor, config: ViTConfig) -> Tensor:
@@ -373,7 +401,12 @@ def normalize(images: Tensor, config: ViTConfig) -> Tensor:
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-LEFT_OUT = {"head", "fc_norm", "attn_pool", "mask_token", "relative_position_index"}  # not needed for token features
+LEFT_OUT = {  # not needed for token features: heads, pooling, buffers, MAE's decoder
+    "head", "fc_norm", "attn_pool", "mask_token", "relative_position_index",
+    "decoder_embed", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred",
+}  # fmt: skip
+PICKLES = (".bin", ".pt", ".pth", ".tar")
+NESTED = ("state_dict", "model", "teacher", "student")  # where checkpoints keep weights; of two models, DINO's teacher
 
 
 def load(path: str | Path, config: str | ViTConfig | None = None) -> ViT:
@@ -389,9 +422,9 @@ def load(path: str | Path, config: str | ViTConfig | None = None) -> ViT:
     tensors, metadata = read_tensors(path)
     own = read_config(metadata, path)
     prefix = "encoder." if own and "encoder.patch_embed.proj.weight" in tensors else ""
+    name = next((name for name, known in BACKBONES.items() if known == config), "NAME")
+    how = f"python convert.py vit {name} {path} {'NEW' if name == 'NAME' else name}.safetensors"
     if prefix + "patch_embed.proj.weight" not in tensors:
-        name = next((name for name, known in BACKBONES.items() if known == config), "NAME")
-        how = f"python convert.py vit {name} {path} {'NEW' if name == 'NAME' else name}.safetensors"
         raise ValueError(f"{path}: its tensors have neither our names nor timm's; if it is a ViT, run `{how}` first")
     for key, value in asdict(own).items() if own and config else ():  # alignment changes the final norm and the cap
         if key not in ("image_size", "final_norm", "softcap", "source") and value != getattr(config, key):
@@ -403,7 +436,10 @@ def load(path: str | Path, config: str | ViTConfig | None = None) -> ViT:
         model = ViT(own or config)
     model.to_empty(device="cpu")
     tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    fill(model, tensors, path)
+    try:
+        fill(model, tensors, path)
+    except ValueError as error:
+        raise ValueError(f"{error}" + (own is None) * f"; a file in another layout is read by `{how}`") from None
     return model.eval()
 
 
@@ -461,20 +497,40 @@ def resample_relative_bias(table: Tensor, grid: int) -> Tensor:
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a .safetensors file or a pickle by name, mapped, and its metadata. No code in a pickle is run."""
+    """The tensors of a .safetensors file or a pickle by name, mapped, and its metadata. No code in a pickle is run.
+    path: the file, or a folder with one (a download, an export). ValueError: a tensor is not finite, or what is wrong."""
+    path = find_weights(Path(path))
     try:
-        if Path(path).suffix == ".safetensors":
+        if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 names, metadata = list(file.keys()), file.metadata() or {}
-            return {name: safe_open(path, "pt").get_tensor(name) for name in names}, metadata  # mapped one by one
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts save their options, too
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        for key in ("state_dict", "model"):
-            state = state[key] if isinstance(state.get(key), dict) else state
-        return {name: value for name, value in state.items() if isinstance(value, Tensor)}, {}
+            tensors = {name: safe_open(path, "pt").get_tensor(name) for name in names}  # mapped one by one
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts save their options, too
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            metadata = state.get("metadata", {})  # of our own checkpoints
+            for key in NESTED:
+                state = state[key] if isinstance(state.get(key), dict) else state
+            tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     except Exception as error:  # a damaged file can fail in any way
         reason = str(error).strip().partition("\n")[0][:160] or type(error).__name__
         raise ValueError(f"{path}: cannot be read as weights ({reason}); download or convert it again") from None
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{path}: tensor {name} holds a NaN or an infinity; download or convert it again")
+    return tensors, metadata
+
+
+def find_weights(path: Path) -> Path:
+    """A file itself; of a folder, the one .safetensors file, or else the one pickle in it."""
+    if not path.is_dir():
+        return path
+    kinds = [sorted(path.glob("[!.]*.safetensors")), sorted(f for f in path.glob("[!.]*") if f.suffix in PICKLES)]
+    found = next(filter(None, kinds), [])
+    if len(found) != 1:
+        names = f": {', '.join(file.name for file in found)}" if found else ""
+        raise ValueError(f"{path}: holds {len(found)} weight files{names}; name one file")
+    return found[0]
 
 
 def save(model: ViT, path: str | Path) -> None:

@@ -374,6 +374,7 @@ class VLM(nn.Module):
         embeds, mask = self.read(images, prompts)
         last = torch.full((len(prompts), 1), embeds.shape[1] - 1, device=embeds.device)
         logits = self.language(embeds=embeds, mask=mask, positions=last)[:, 0].float().cpu()  # [B, W]
+        llama.check_finite(logits)
         return [row[first].softmax(0).tolist() for row, first in zip(logits, firsts, strict=True)]
 
     def first_tokens(self, choices: Sequence[str]) -> list[int]:
@@ -509,7 +510,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token")
     parser.add_argument("--seed", type=int, default=0, help="for sampling at a temperature above 0")
     o = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters
     image = None if o.image == "-" else Image.open(o.image)
+    if image and image.has_transparency_data:
+        print(f"{o.image}: is transparent in places; the model sees the colors stored there", file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     model = load(o.model, torch.bfloat16 if native else torch.float32, device)

@@ -81,6 +81,44 @@ def test_moco_checkpoint(tmp_path):
     assert same(convert.read_vit(path, config), model)
 
 
+def rename(state: dict[str, Tensor], layout: str, prefix: str = "") -> dict[str, Tensor]:
+    return {prefix + convert.foreign_names(name, layout)[0]: value for name, value in state.items()}
+
+
+OTHERS = {  # files as their authors distribute them: backbone, how they are nested, the tensors, what is left out
+    "MAE with its decoder": ("mae-vit-b", "model", lambda s: s | {"mask_token": 0, "decoder_pos_embed": 0,
+        "decoder_blocks.0.norm1.bias": 0}, "decoder_blocks, decoder_pos_embed, mask_token"),
+    "DINO's teacher": ("dino-vit-b", "teacher", lambda s: {f"backbone.{n}": v for n, v in s.items()} | {
+        "head.mlp.0.weight": 0}, "head"),
+    "DINOv2's": ("dinov2-vit-b", None, lambda s: rename(s, "dinov2-own") | {"mask_token": 0}, "mask_token"),
+    "DINOv2's training": ("dinov2-vit-b", "teacher", lambda s: rename({n.replace("blocks.", "blocks.0."): v
+        for n, v in s.items()}, "dinov2-own", "backbone.") | {"dino_head.mlp.0.weight": 0}, "dino_head"),
+    "open_clip": ("clip-vit-b", None, lambda s: rename(s, "open_clip", "visual.") | {"visual.proj": 0, "logit_scale": 0,
+        "transformer.resblocks.0.ln_1.weight": 0, "ln_final.weight": 0}, "ln_final, logit_scale, transformer, visual.proj"),
+    "open_clip of timm": ("siglip-vit-b", "state_dict", lambda s: {f"visual.trunk.{n}": v for n, v in s.items()} | {
+        "visual.trunk.attn_pool.latent": 0, "text.cls_emb": 0}, "text, visual.trunk.attn_pool"),
+    "a distributed run": ("in1k-vit-b", "model", lambda s: {f"module.{n}": v for n, v in s.items()}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_of_a_backbones_authors(name, tmp_path, capsys):
+    backbone, key, change, left_out = OTHERS[name]
+    config, model = tiny(backbone), randomize(vit.ViT(tiny(backbone)))
+    state = change(dict(model.state_dict()))
+    if name.startswith("DINOv2's"):  # whose class token has a position, too
+        token, position = ("backbone." * ("training" in name) + end for end in ("cls_token", "pos_embed"))
+        state[position] = torch.cat([torch.ones(1, 1, config.embed_dim), state[position]], 1)
+        state[token] = state[token] - 1
+    if name == "open_clip":  # without batch axes
+        state |= {f"visual.{n}": state[f"visual.{n}"].squeeze() for n in ("class_embedding", "positional_embedding")}
+    state = {n: value if isinstance(value, Tensor) else torch.zeros(2) for n, value in state.items()}
+    torch.save({key: state, "epoch": 3, "student": {}} if key else state, tmp_path / "weights.pth")
+    loaded = convert.read_vit(tmp_path, config)
+    assert error(loaded(pictures(config)), model(pictures(config))) < 1e-5
+    assert capsys.readouterr().out == (f"{tmp_path}: leaves out {left_out}\n" if left_out else "")
+
+
 def test_the_authors_checkpoint_becomes_a_whole_aligned_file(tmp_path, monkeypatch):
     path, target = DATA / "maskembed" / "authors-checkpoint.pth.tar", tmp_path / "aligned.safetensors"
     config = replace(vit.BACKBONES["clip-vit-b"], image_size=40, patch_size=8, embed_dim=64, depth=3, num_heads=2)
@@ -262,7 +300,7 @@ def test_errors_of_the_command(tmp_path):
     ours, out = str(tmp_path / "ours.safetensors"), str(tmp_path / "out.safetensors")
     for argv, message in (
         (["info", "none.safetensors"], "none.safetensors: cannot be read"),
-        (["vit", "clip-vit-b", str(tmp_path / "llama.safetensors"), out], "its first tensor is model.layers.0.weight"),
+        (["vit", "clip-vit-b", str(tmp_path / "llama.safetensors"), out], "its first tensor, model.layers.0.weight, is in no"),
         (["vit", "in1k-vit-b", str(tmp_path / "vit.safetensors"), out], "is missing)"),
         (["vit", "clip-vit-b", ours, out], "its patch_size is 8, not 16"),
         (["vit", "clip-vit-b", ours, out, "--image-size", "9"], "--image-size 9: "),

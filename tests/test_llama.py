@@ -261,7 +261,9 @@ def test_tokenizer_encodes_as_sentencepiece(tmp_path):
     assert "".join(tokenizer.stream(cut)) == tokenizer.decode(cut)
     assert Tokenizer(tmp_path, len(pieces)).vocab_size == len(pieces) and (tokenizer.bos, tokenizer.eos) == (1, 2)
     assert "none: is missing or not a sentencepiece model" in refusal(Tokenizer, tmp_path / "none")
-    assert "tokens, the model 32000; use the tokenizer.model" in refusal(Tokenizer, tmp_path, 32000)
+    assert "tokens, the model only 99; use the tokenizer.model" in refusal(Tokenizer, tmp_path, 99)
+    padded = Tokenizer(tmp_path, 32064)  # rows without a word are usual, and say nothing
+    assert padded.decode([*ids, 32001]) == padded.decode(ids)
     train(tmp_path / "tokenizer.model", vocab_size=300, eos_id=-1)
     assert "has no <s> or no </s>" in refusal(Tokenizer, tmp_path)
 

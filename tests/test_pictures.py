@@ -1,6 +1,7 @@
 """pictures.py: what is drawn is where it should be."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -56,10 +57,10 @@ def test_a_card_shows_image_boxes_and_wrapped_text():
     assert (pixels[-34:-17, :, 0] > 200).all() and (pixels[-34:, :, 1] < 128).any()  # the last two lines are red
 
 
-def test_a_card_turns_an_image_as_its_exif_data_says():
-    image = Image.new("RGB", (40, 20))
-    image.getexif()[0x0112] = 6
-    assert pictures.card(image, [], width=40).height > 80
+@pytest.mark.parametrize("size, drawn", [((1000, 1), (40, 1)), ((1, 1000), (1, 80)), ((20, 30), (40, 60))])
+def test_a_card_shows_strips(size, drawn):
+    card = np.asarray(pictures.card(Image.new("RGB", size, "red"), [], width=40))
+    assert (card == (255, 0, 0)).all(-1).sum() == drawn[0] * drawn[1] and len(card) == drawn[1] + 6
 
 
 def test_a_radar_chart_has_its_lines_where_the_values_are():

@@ -169,15 +169,6 @@ def test_preprocess_crops_the_center_of_any_kind_of_image():
     assert set(np.asarray(vit.upright(image)).flat) == {0x80}  # 16-bit grays are scaled
 
 
-def test_exif_turns_an_image_and_its_damage_does_not_matter(monkeypatch):
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
-    image = Image.fromarray(pixels)
-    image.getexif()[0x0112] = 6
-    assert np.array_equal(np.asarray(vit.upright(image)), np.rot90(pixels, -1))
-    monkeypatch.setattr(ImageOps, "exif_transpose", Mock(side_effect=struct.error))  # as of damaged data
-    assert np.array_equal(np.asarray(vit.upright(image)), pixels)
-
-
 @pytest.mark.parametrize("name", ["clip-vit-b", *FAMILIES])
 def test_saved_and_loaded_bit_by_bit_plain_or_aligned(name, tmp_path):
     config = tiny(name, softcap=30.0 if vit.BACKBONES[name].family == "vit" else None)
@@ -299,7 +290,7 @@ def test_weights_of_another_backbone(tmp_path):
     }.items():
         state = vit.ViT(config).state_dict() | change
         save_file({name: value for name, value in state.items() if value is not None}, path)
-        assert f"{path}: does not hold the expected backbone ({expected})" == refusal(vit.load, path, config)
+        assert refusal(vit.load, path, config).startswith(f"{path}: does not hold the expected backbone ({expected})")
     names = ("in1k-vit-t", "siglip-vit-b", "clip-vit-b", *FAMILIES)
     for name in names:
         save_file(vit.ViT(tiny(name)).state_dict(), path)
