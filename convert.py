@@ -117,6 +117,7 @@ def read_vit(path: str | Path, config: ViTConfig) -> ViT | Student:
     tensors, metadata = vit.read_tensors(path)
     if "config" in metadata:  # ours already
         return vit.load(path, config)
+    config = vit.confirm(path, config)
     tensors = {re.sub(r"\bblocks\.\d+\.(\d+\.)", r"blocks.\1", name): value for name, value in tensors.items()}  # DINOv2's
     layout, prefix = detect_layout(list(tensors), path)
     if prefix == "encoder.":
@@ -168,9 +169,9 @@ def read_aligned(config: ViTConfig, tensors: dict[str, Tensor], path: str | Path
     own = {name.replace("encoder.head.", "head."): value.float() for name, value in tensors.items()}
     own = {name: value for name, value in own.items() if name.startswith(("head.", "decoder."))}
     depth = len({name.split(".")[2] for name in own if name.startswith("decoder.blocks.")})
-    width = own["decoder.pos_embed"].shape[-1]
+    width, gated = own["decoder.pos_embed"].shape[-1], any(".fc1_g." in name for name in own)  # EVA02's
     head = nn.Linear(config.embed_dim, width)  # the authors keep it in the encoder
-    student = Student(encoder, head, maskembed.Decoder(config, depth, width), "penultimate")
+    student = Student(encoder, head, maskembed.Decoder(config, depth, width, swiglu=gated), "penultimate")
     own["decoder.pos_embed"] = vit.resample_positions(own["decoder.pos_embed"], config.grid, config.num_prefix)
     try:
         student.load_state_dict(own | {f"encoder.{k}": v for k, v in encoder.state_dict().items()})
@@ -193,6 +194,8 @@ def export_vit(source: str | Path, target: str | Path, layout: str) -> list[str]
     if config.final_norm not in (None, config.norm_eps):
         notes.append(f"Set the final norm's eps to {config.final_norm:g}: {layout} gives it {config.norm_eps:g}.")
     if layout == "timm":
+        if config.act == "quick_gelu":
+            notes.append("Create a *_clip_quickgelu_* model: timm's *_clip_* models have another GELU.")
         if config.family == "beit" and config.final_norm is None:
             state |= unit_norm("fc_norm", config)
         elif config.family == "beit" or not config.class_token:
@@ -205,6 +208,12 @@ def export_vit(source: str | Path, target: str | Path, layout: str) -> list[str]
     with new_folder(target) as folder:
         vit.save_tensors(state, folder / "model.safetensors", {})
         (folder / "config.json").write_text(json.dumps(description, indent=2))
+        (folder / "preprocessor_config.json").write_text(json.dumps({  # `vit.preprocess`
+            "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
+            "do_resize": True, "size": {"shortest_edge": int(config.image_size / config.crop_pct)}, "resample": 3,
+            "do_center_crop": True, "crop_size": {"height": config.image_size, "width": config.image_size},
+            "do_rescale": True, "do_normalize": True, "image_mean": config.mean, "image_std": config.std,
+        }, indent=2))  # fmt: skip
     return notes
 
 
@@ -225,7 +234,8 @@ def to_transformers(model: ViT) -> tuple[dict[str, Tensor], dict[str, object]]:
     ]
     layout, model_type, extra = next(kind[1:] for kind in kinds if kind[0])
     hidden = int(c.embed_dim * c.mlp_ratio)
-    description = dict(model_type=model_type, image_size=c.image_size, patch_size=c.patch_size, hidden_act=c.act)
+    description = dict(model_type=model_type, image_size=c.image_size, patch_size=c.patch_size)
+    description |= dict(hidden_act=c.act.replace("_tanh", "_pytorch_tanh"))
     description |= dict(hidden_size=c.embed_dim, num_hidden_layers=c.depth, num_attention_heads=c.num_heads)
     description |= dict(intermediate_size=hidden, layer_norm_eps=c.norm_eps, torch_dtype="float32") | extra
     state = {}
@@ -365,12 +375,33 @@ def convert_llama(source: str | Path, target: str | Path) -> str:
         (from_meta if meta else to_meta)(source, temporary)
         for folder in (source, source.resolve().parent)[: 2 if meta else 1]:  # Meta's download has it one level up
             if (folder / "tokenizer.model").is_file() and not (temporary / "tokenizer.model").exists():
-                shutil.copyfile(folder / "tokenizer.model", temporary / "tokenizer.model")
+                add_tokenizer(temporary, folder / "tokenizer.model")
     return f"{target}: written in the layout of {'transformers' if meta else 'Meta'}"
 
 
+def add_tokenizer(folder: Path, file: Path) -> list[str]:
+    """Copy a tokenizer into a model's folder; tell transformers to put <s> before a text, and which ids end it. Returns
+    what differs there."""
+    shutil.copyfile(file, folder / "tokenizer.model")
+    if not (folder / "config.json").is_file():  # Meta's layout
+        return []
+    tokenizer, config = llama.Tokenizer(file), llama.read_json(folder / "config.json")
+    config |= dict(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    pieces = tokenizer.pieces
+    bos, eos = map(pieces.id_to_piece, (tokenizer.bos, tokenizer.eos))
+    about = dict(tokenizer_class="LlamaTokenizer", bos_token=bos, eos_token=eos, add_bos_token=True, add_eos_token=False)
+    (folder / "tokenizer_config.json").write_text(json.dumps(about | dict(legacy=True), indent=2))
+    defined = [i for i in range(pieces.vocab_size()) if pieces.get_score(i) == 0 and not pieces.is_control(i)]
+    defined = [i for i in defined if not (pieces.is_byte(i) or pieces.is_unknown(i))]
+    notes = ["In transformers, <s> and </s> inside a text are special, and one space before a text is lost."]
+    if len(defined) > 1:  # sentencepiece's first merge has the score 0, too
+        notes.append(f"Encode with llama.Tokenizer: transformers ignores the tokenizer's {len(defined)} user-defined symbols.")
+    return notes
+
+
 def export_language(folder: str | Path, target: str | Path, layout: str) -> list[str]:
-    """The language model of a VLM's folder in a new folder in transformers' layout, with its tokenizer. Returns []."""
+    """The language model of a VLM's folder in a new folder in transformers' layout, with its tokenizer. Returns notes."""
     language = llama.read_json(Path(folder) / "config.json").get("language")
     if language is None or layout != "transformers":
         raise ValueError(f"{folder}: give a file, or a VLM's folder (train_vlm.py writes it) and --layout transformers")
@@ -378,8 +409,7 @@ def export_language(folder: str | Path, target: str | Path, layout: str) -> list
     names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
     with new_folder(target) as temporary:
         llama.write(temporary, LlamaConfig(**language), names, lambda name: tensors[prefix + name])
-        shutil.copyfile(Path(folder) / "tokenizer.model", temporary / "tokenizer.model")
-    return []
+        return add_tokenizer(temporary, Path(folder) / "tokenizer.model")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -95,19 +95,21 @@ class TargetScale:
 class Decoder(nn.Module):
     """h: a shallow transformer from masked embeddings [M, T, W] to the teacher's tokens [M, T, D] (appendix C).
 
-    Position embedding, pre-norm blocks with LayerScale, norm, linear layer. For BEiT and EVA02 the same plain blocks.
+    Position embedding, pre-norm blocks with LayerScale, norm, linear layer. For BEiT the same plain blocks.
 
     encoder: the encoder's config, whose heads, activation and qkv bias the blocks take over. width: W, a multiple of
     the encoder's channels per head (ValueError); None: the encoder's. softcap: of its attention; the paper has none.
+    swiglu: EVA02's kind of MLP, with a hidden width of 4 W.
     """
 
-    def __init__(self, encoder: ViTConfig, depth: int = 2, width: int | None = None, softcap: float | None = None):
+    def __init__(self, encoder: ViTConfig, depth: int = 2, width: int | None = None, softcap: float | None = None,
+                 swiglu: bool = False):
         super().__init__()
         width, head_dim = width or encoder.embed_dim, encoder.embed_dim // encoder.num_heads
         if width % head_dim:
             raise ValueError(f"decoder width {width}: must be a multiple of the {head_dim} channels per head")
-        self.options = {"depth": depth, "width": width, "softcap": softcap}
-        act = encoder.act if encoder.family == "vit" else "gelu"
+        self.options = {"depth": depth, "width": width, "softcap": softcap, "swiglu": swiglu}
+        act = "swiglu" if swiglu else encoder.act if encoder.family == "vit" else "gelu"
         config = replace(
             encoder, family="vit", embed_dim=width, num_heads=width // head_dim, depth=depth, mlp_ratio=4.0, act=act,
             norm_eps=1e-5, layer_scale=1e-6, softcap=softcap,
@@ -218,7 +220,7 @@ def make_student(teacher: ViT, objective: Objective = OBJECTIVES["maskembed"], s
     encoder.load_state_dict(encoder.state_dict() | kept)
     decoder, width = objective.decoder, config.embed_dim
     if decoder == "transformer":
-        decoder = Decoder(config, decoder_depth, decoder_width)
+        decoder = Decoder(config, decoder_depth, decoder_width, swiglu=config.family == "eva02")
         width = decoder.options["width"]
     head = nn.Linear(config.embed_dim, width) if objective.head else nn.Identity()
     for parameter in head.parameters():

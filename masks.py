@@ -1,61 +1,73 @@
 """The mask distributions of MaskEmbed (section 3.2, appendix B.1). Needs only torch; copy it.
 
-A mask is float [batch, patches], 1 = visible, 0 = hidden, patches row by row. The random ones take a CPU generator: its
-state gives the same masks on every machine.
+A mask is float [batch, patches], 1 = visible, 0 = hidden, patches row by row. The random ones take a CPU generator, or one
+for each mask: their states give the same masks on every machine.
 """
 
-import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+
+Random = Generator | Sequence[Generator] | None
 
 
-def uniform(batch: int, patches: int, generator: torch.Generator | None = None) -> Tensor:
+def rand(batch: int, count: int, generator: Random) -> Tensor:
+    """Uniform numbers from 0 to 1, float64 [batch, count]."""
+    if not isinstance(generator, Sequence):
+        return torch.rand(batch, count, generator=generator, dtype=torch.float64)
+    return torch.stack([torch.rand(count, generator=one, dtype=torch.float64) for one in generator])
+
+
+def uniform(batch: int, patches: int, generator: Random = None) -> Tensor:
     """The paper's choice: the number of visible patches is uniform on {0, ..., N}, and the set uniform given its size.
 
     p(m) = 1 / (C(N, |m|) (N + 1)). Of N + 1 uniform random numbers u_0, ..., u_N, patch i is visible if u_i > u_0: the
     rank of u_0 is uniform, and so is the set of those above it.
     """
-    u = torch.rand(batch, patches + 1, generator=generator, dtype=torch.float64)
+    u = rand(batch, patches + 1, generator)
     return (u[:, 1:] > u[:, :1]).float()
 
 
-def bernoulli(batch: int, patches: int, visible: float, generator: torch.Generator | None = None) -> Tensor:
+def bernoulli(batch: int, patches: int, visible: float, generator: Random = None) -> Tensor:
     """Each patch is visible with probability `visible`, independently of the others."""
-    return (torch.rand(batch, patches, generator=generator, dtype=torch.float64) < visible).float()
+    return (rand(batch, patches, generator) < visible).float()
 
 
-def block(batch: int, grid: int, visible: float = 0.4, generator: torch.Generator | None = None) -> Tensor:
+def block(batch: int, grid: int, visible: float = 0.4, generator: Random = None) -> Tensor:
     """BEiT's block masks, inverted: random rectangles are revealed until at least a fraction `visible` is visible.
 
-    The area of a rectangle is uniform between 16 and visible * N patches, its aspect ratio uniform in [0.3, 1/0.3]. A
-    mask is never empty. grid: patches along each side.
+    With A = max(2, int(visible * N)), a rectangle's area is an integer in [min(16, A), A), its aspect ratio uniform in
+    [0.3, 1/0.3]; its sides are cut to the grid. What 1,000 rectangles leave hidden is revealed row by row. grid: patches
+    along each side.
     """
     if not 0 < visible <= 1:
         raise ValueError(f"visible is {visible}; a block mask needs a fraction in (0, 1]")
-    target = visible * grid**2
-    masks = torch.zeros(batch, grid, grid)
-    for mask in masks:
-        while mask.sum() < target:
-            top, left, height, width = _rectangle(grid, target, generator)
-            mask[top : top + height, left : left + width] = 1
-    return masks.flatten(1)
+    masks, wanted = torch.zeros(batch, grid**2), visible * grid**2
+    most, place, todo = max(2, int(wanted)), torch.arange(grid), torch.arange(batch)
+    for _ in range(100):  # ten rectangles at a time for all masks that need more
+        mine = [generator[i] for i in todo] if isinstance(generator, Sequence) else generator
+        u = rand(len(todo), 40, mine).view(-1, 10, 4, 1)
+        area, aspect = min(16, most) + (u[:, :, 0] * (most - min(16, most))).floor(), 0.3 + (1 / 0.3 - 0.3) * u[:, :, 1]
+        height, width = ((area * x).sqrt().floor().clamp(1, grid) for x in (aspect, 1 / aspect))  # [todo, 10, 1]
+        top, left = ((x * (grid - side + 1)).floor() for x, side in ((u[:, :, 2], height), (u[:, :, 3], width)))
+        rows, columns = (place >= top) & (place < top + height), (place >= left) & (place < left + width)
+        shown = (rows[..., None] & columns[:, :, None]).flatten(2).float().cumsum(1) + masks[todo, None]  # [todo, 10, N]
+        shown = shown.clamp(max=1)
+        enough = shown.sum(2) >= wanted  # [todo, 10]: after this many rectangles
+        last = torch.where(enough.any(1), enough.int().argmax(1), 9)
+        masks[todo] = shown[torch.arange(len(todo)), last]
+        todo = todo[~enough.any(1)]
+        if not len(todo):
+            return masks
+    short = (wanted - masks[todo].sum(1, keepdim=True)).ceil()
+    masks[todo] = torch.where((1 - masks[todo]).cumsum(1) <= short, 1.0, masks[todo])
+    return masks
 
 
-def _rectangle(grid: int, largest: float, generator: torch.Generator | None) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random rectangle; a shape that does not fit is drawn again."""
-    smallest = min(16.0, largest)  # a grid of fewer than 40 patches has no room for 16
-    while True:
-        u = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-        area, aspect = smallest + (largest - smallest) * u[0], 0.3 + (1 / 0.3 - 0.3) * u[1]
-        height, width = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
-        if height <= grid and width <= grid:
-            return int(u[2] * (grid - height + 1)), int(u[3] * (grid - width + 1)), height, width
-
-
-def windows(batch: int, grid: int, generator: torch.Generator | None = None) -> Tensor:
+def windows(batch: int, grid: int, generator: Random = None) -> Tensor:
     """CLIPSelf's crops (appendix B.3), 3 to 14 patches on each side: top, left, height and width, [batch, 4]."""
-    u = torch.rand(batch, 4, generator=generator, dtype=torch.float64)
+    u = rand(batch, 4, generator)
     smallest, largest = min(3, grid), min(14, grid)
     size = smallest + (u[:, :2] * (largest - smallest + 1)).long()  # height, width
     return torch.cat([(u[:, 2:] * (grid - size + 1)).long(), size], 1)

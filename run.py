@@ -168,6 +168,8 @@ def ended(name: str) -> Iterator[None]:
             raise
         sys.exit(f"{name}: another process has ended; its own message says why")
     finally:
+        for bar in list(tqdm._instances):  # no message shares its line
+            bar.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -44,11 +44,12 @@ FREE = "out weights data val lr micro_batch precision compile checkpointing work
 def recipe(name: str, in1k: bool) -> dict[str, object]:
     """The numbers of table 6 and appendix B.1 for a backbone; the demo departs from them where its scale demands it."""
     if name == "demo":
-        return {"epochs": 2, "batch": 32, "lr": 2e-3, "warmup_epochs": 0.2, "val_images": 512}
+        return {"epochs": 2, "batch": 32, "lr": 2e-3, "warmup_epochs": 0.2, "val_images": 512, "micro_batch": 64}
     large = name in vit.BACKBONES and vit.BACKBONES[name].embed_dim > 768
     epochs = (50 if name in ("moco-vit-b", "mae-vit-b", "dino-vit-b") else 25) if in1k else 5
-    lr, warmup = 2e-4 if large else 3e-4, 1.0 if in1k else 0.0
-    return {"epochs": epochs, "batch": 1024, "lr": lr, "warmup_epochs": warmup, "val_images": 10000}
+    numbers = {"epochs": epochs, "batch": 1024, "lr": 2e-4 if large else 3e-4, "warmup_epochs": 1.0 if in1k else 0.0}
+    fits = {"clip-vit-l-336": 32, "siglip-so400m-384": 16}.get(name, 64)  # in 80 GB
+    return numbers | {"val_images": 10000, "micro_batch": fits}
 
 
 def flags() -> argparse.ArgumentParser:
@@ -88,7 +89,7 @@ def flags() -> argparse.ArgumentParser:
     add("--warmup-epochs", type=rate, help="linear warm-up inside the cosine")
     add("--seed", type=run.number(0), default=0, help="of samples, masks, augmentation and new weights")
     # the machine
-    add("--micro-batch", type=count, help="images at a time on a process; default: the largest divisor up to 64")
+    add("--micro-batch", type=count, help="images at a time on a process, at most; default: what fits 80 GB")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the device has it")
     add("--compile", **switch, help="torch.compile each block")
     add("--checkpointing", **switch, help="recompute activations instead of keeping them")
@@ -124,18 +125,20 @@ def learning_rate(update: int, updates: int, warmup: int, peak: float) -> float:
     return peak * (END + (1 - END) * share)
 
 
-def draw_masks(o: argparse.Namespace, batch: int, grid: int, *key: int) -> Tensor:
-    """The views of each image of a batch, [batch, V, N], 1 = visible (section 3.2); `key` seeds them."""
-    generator = torch.Generator().manual_seed(int(data.generator("masks", *key).integers(2**62)))
+def draw_masks(o: argparse.Namespace, grid: int, seed: int, update: int, samples: range) -> Tensor:
+    """The views of some samples of a batch, [samples * V, N], 1 = visible (section 3.2). Each has its own generator, so a
+    process draws its share alone."""
+    seeds = data.generator("masks", seed, update).integers(2**62, size=samples.stop)[samples.start :: samples.step]
+    count, generators = len(samples), [torch.Generator().manual_seed(one) for one in seeds.tolist()]
     if o.masks == "uniform":
-        m = masks.uniform(batch, grid**2, generator)
+        m = masks.uniform(count, grid**2, generators)
     elif o.masks == "bernoulli":
-        m = masks.bernoulli(batch, grid**2, o.visible, generator)
+        m = masks.bernoulli(count, grid**2, o.visible, generators)
     elif o.masks == "block":
-        m = masks.block(batch, grid, o.visible, generator)
+        m = masks.block(count, grid, o.visible, generators)
     else:
-        m = masks.from_windows(masks.windows(batch, grid, generator), grid)
-    return masks.views(m, complement=o.views in ("2", "3"), full=o.views in ("2-full", "3")).view(batch, -1, grid**2)
+        m = masks.from_windows(masks.windows(count, grid, generators), grid)
+    return masks.views(m, complement=o.views in ("2", "3"), full=o.views in ("2-full", "3"))
 
 
 # --- images and validation --------------------------------------------------------------------------------------------
@@ -148,6 +151,8 @@ def prepare(config: vit.ViTConfig, image: Image.Image, _: np.random.Generator) -
 def open_images(o: argparse.Namespace, config: vit.ViTConfig) -> tuple[data.ImageFolder, Subset]:
     """Training images, and evenly spaced validation images; without --data those of the demo's scenes."""
     parts = [(o.data, "all"), (o.val, "all")] if o.val else [(o.data, "train"), (o.data, "val")]
+    if o.data and not o.val and all((Path(o.data) / part).is_dir() for part in ("train", "val")):  # ImageNet's layout
+        parts = [(Path(o.data) / part, "all") for part in ("train", "val")]
     if not o.data:
         from demo import scenes
 
@@ -163,18 +168,21 @@ def validate(o: argparse.Namespace, rank: int, world: int, log: run.Log, teacher
              images: Subset, scale: float | None = None) -> float:
     """The mean loss on masks that are the same every time; without `scale`, the constant that scales the targets."""
     device, config, mine = next(student.parameters()).device, teacher.config, range(rank, len(images), world)
-    fixed = draw_masks(o, len(images), config.grid, 0, 2**40)[mine.start :: mine.step]  # [images here, V, N]
-    how = {"num_workers": o.workers, "collate_fn": data.collate, "worker_init_fn": run.ignore_signals}
-    loader = DataLoader(Subset(images, mine), o.micro_batch, **how)
+    fixed = draw_masks(o, config.grid, 0, 2**40, mine).unflatten(0, (len(mine), -1))  # [images here, V, N]
+    fixed, how = fixed.split(o.micro_batch), {"num_workers": o.workers, "worker_init_fn": run.ignore_signals}
+    loader = DataLoader(Subset(images, mine), o.micro_batch, collate_fn=data.collate, **how)
     measure, total, bad = maskembed.TargetScale(), 0.0, 0
-    for (pixels, names), m in zip(loader, fixed.split(o.micro_batch)):
+    for (pixels, names), m in zip(loader, fixed):
+        count, missing = m.shape[:2].numel(), o.micro_batch - len(m)  # the last batch is filled up: one shape to compile
+        pixels, m = (torch.cat([part, part[:1].expand(missing, *part.shape[1:])]) for part in (pixels, m))
         x, m = vit.normalize(pixels.to(device), config), m.flatten(0, 1).to(device)
         with run.autocast(o.precision, device):
-            target = maskembed.teacher_targets(teacher, x, m, o.target)
+            target = maskembed.teacher_targets(teacher, x, m, o.target)[:count]
             if scale is None:
                 measure.add(target)
             else:
-                total += maskembed.reconstruction_loss(student(x, m), target * scale, m, o.loss).item() * len(x)
+                loss = maskembed.reconstruction_loss(student(x, m)[:count], target * scale, m[:count], o.loss)
+                total += loss.item() * (len(x) - missing)
         log.once("unreadable, replaced by another image", names)
         bad += len(names)
     total, bad, *measure.sums = run.all_sum(total, bad, *measure.sums)
@@ -223,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     # data: what an update sees depends on the seed and its number alone
     train, val = open_images(o, config)
     share, update = o.batch // world, state["update"] if state else 0
-    o.micro_batch = o.micro_batch or run.micro_batch(share, 64, multiple=2 if o.mix else 1)
+    o.micro_batch = run.micro_batch(share, o.micro_batch, multiple=2 if o.mix else 1)
     batches = data.Batches(len(train), o.batch, o.epochs, o.seed, rank, world, o.micro_batch, update, o.updates)
     images = data.Images(train, data.Augment(config.image_size, o.randaugment), o.seed)
     loader = iter(DataLoader(images, batch_sampler=batches, num_workers=o.workers, collate_fn=data.collate,
@@ -250,7 +258,8 @@ def main(argv: list[str] | None = None) -> None:
         for block in (m for m in [*teacher.modules(), *student.modules()] if isinstance(m, vit.Block)):
             block.compile(dynamic=False)
     model = DistributedDataParallel(student, gradient_as_bucket_view=True) if world > 1 else student
-    log.say(f"{o.recipe}: {len(train):,} images, {updates:,} updates of {o.batch} ({world} x {o.micro_batch} at once), "
+    log.say(f"training images: {train.root}, {len(train):,}; {len(val):,} to validate on, of {val.dataset.source.root}")
+    log.say(f"{o.recipe}: {updates:,} updates of {o.batch} ({world} x {o.micro_batch} at once), "
             f"{'bf16' if bf16 else 'fp32'} on {device.type}; validation loss {last:.4f}; into {o.out}")
     stop, bar = run.CatchSignals(), run.bar("aligning", updates, rank, update)
 
@@ -258,14 +267,14 @@ def main(argv: list[str] | None = None) -> None:
         # one update: the gradients of all micro-batches of all processes
         clock, lr = time.perf_counter(), learning_rate(update, updates, round(o.warmup_epochs * per_epoch), o.lr)
         optimizer.param_groups[0]["lr"] = lr
-        all_masks = draw_masks(o, o.batch, config.grid, o.seed, update)  # [global batch, V, N]
         total, bad = torch.zeros((), device=device), 0
         for i in range(share // o.micro_batch):
             pixels, names = next(loader)
             place = rank * share + i * o.micro_batch  # of this micro-batch in the global batch
             x = vit.normalize(pixels.to(device, non_blocking=True), config)
             x = data.mix(x, o.mix, o.seed, update, place) if o.mix else x
-            m = all_masks[place : place + len(x)].flatten(0, 1).to(device, non_blocking=True)  # [B * V, N]
+            m = draw_masks(o, config.grid, o.seed, update, range(place, place + len(x)))  # [B * V, N]
+            m = (m.pin_memory() if device.type == "cuda" else m).to(device, non_blocking=True)
             last_one = i == share // o.micro_batch - 1  # gradients travel once an update
             with nullcontext() if world == 1 or last_one else model.no_sync():
                 with run.autocast(o.precision, device):

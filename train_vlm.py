@@ -227,6 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     # the model: the backbone is frozen, the adapter and the language model are trained; DDP or FSDP2 on many processes
     sharded = o.fsdp and dist.is_initialized()
     model = build_model(o, empty=sharded)
+    if bf16:  # the frozen part, once, as in evaluation
+        model.vision.bfloat16(), model.second and model.second.bfloat16()
     if sharded:
         shard(model, o.language, device, bf16)
     model.to(device)

@@ -13,6 +13,8 @@ import functools
 import json
 import math
 import os
+import re
+import sys
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -48,7 +50,7 @@ class ViTConfig:
     pre_norm: bool = False  # a norm before the blocks (CLIP)
     patch_bias: bool = True  # a bias on the patch projection (all but CLIP)
     qkv_bias: bool = True
-    act: str = "gelu"  # gelu | quick_gelu
+    act: str = "gelu"  # gelu | gelu_tanh (SigLIP in transformers) | quick_gelu (OpenAI) | swiglu (EVA02's decoder)
     layer_scale: float | None = None  # initial value; None: no LayerScale
     norm_eps: float = 1e-6
     final_norm: float | None = 1e-6  # epsilon of the norm after the last block; None: no such norm (BEiT)
@@ -119,9 +121,9 @@ BACKBONES: dict[str, ViTConfig] = {  # table 5, and dinov2-vit-l for feature fus
 
 def attention(q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None, bias: Tensor | None = None) -> Tensor:
     """Soft-capped attention (appendix C), or plain with an additive bias [H, T, T]. q, k, v, result: [B, H, T, d]."""
-    if q.is_cuda and softcap is not None:
+    if q.is_cuda and softcap is not None and torch.cuda.get_device_properties(q.device).major >= 8:  # A100 or newer
         return flex_softcap(q, k, v, softcap)  # what follows in one fused kernel
-    if q.is_cuda:
+    if q.is_cuda and softcap is None:
         return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
     logits = q @ k.mT / math.sqrt(q.shape[-1])  # [B, H, T, T]
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -193,10 +195,10 @@ def rotary_positions(grid: int, head_dim: int, device: torch.device) -> Tensor:
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
     """Rotate each pair of channels of the patch tokens of x [B, H, T, d] by its angle; prefix tokens stay."""
-    sin, cos = positions.to(x.dtype)
+    sin, cos = positions  # float32, also under autocast
     prefix, x = x[:, :, : -len(sin)], x[:, :, -len(sin) :]
     turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-    return torch.cat([prefix, x * cos + turned * sin], 2)
+    return torch.cat([prefix, (x * cos + turned * sin).to(x.dtype)], 2)
 
 
 def relative_positions(grid: int, device: torch.device) -> Tensor:
@@ -211,7 +213,7 @@ def relative_positions(grid: int, device: torch.device) -> Tensor:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 class Mlp(nn.Module):
-    """Two linear layers, D -> mlp_ratio * D -> D, with GELU or OpenAI's QuickGELU between them."""
+    """Two linear layers, D -> mlp_ratio * D -> D, with a kind of GELU between them."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -220,17 +222,19 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        return self.fc2(F.gelu(x) if self.act == "gelu" else x * torch.sigmoid(1.702 * x))
+        if self.act == "quick_gelu":
+            return self.fc2(x * torch.sigmoid(1.702 * x))
+        return self.fc2(F.gelu(x, approximate="tanh" if self.act == "gelu_tanh" else "none"))
 
 
 class SwiGLU(nn.Module):
-    """EVA02's MLP: a gated hidden layer with a norm inside."""
+    """EVA02's MLP: a gated hidden layer with a norm inside (its decoder's has none)."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         D, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
         self.fc1_g, self.fc1_x, self.fc2 = nn.Linear(D, hidden), nn.Linear(D, hidden), nn.Linear(hidden, D)
-        self.norm = nn.LayerNorm(hidden, config.norm_eps)
+        self.norm = nn.LayerNorm(hidden, config.norm_eps) if config.family == "eva02" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.norm(F.silu(self.fc1_g(x)) * self.fc1_x(x)))
@@ -255,7 +259,7 @@ class Block(nn.Module):
         D, value, self.beit = config.embed_dim, config.layer_scale, config.family == "beit"
         self.norm1, self.norm2 = nn.LayerNorm(D, config.norm_eps), nn.LayerNorm(D, config.norm_eps)
         self.attn = Attention(config)
-        self.mlp = SwiGLU(config) if config.family == "eva02" else Mlp(config)
+        self.mlp = SwiGLU(config) if config.family == "eva02" or config.act == "swiglu" else Mlp(config)
         if self.beit:
             self.gamma_1, self.gamma_2 = nn.Parameter(torch.full((D,), value)), nn.Parameter(torch.full((D,), value))
         else:
@@ -395,8 +399,15 @@ def upright(image: Image.Image) -> Image.Image:
 
 def normalize(images: Tensor, config: ViTConfig) -> Tensor:
     """uint8 [..., 3, H, W] -> float32, minus the mean, divided by the standard deviation."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (config.mean, config.std))
+    mean, std = constants(config.mean, config.std, images.device)
     return (images.float() / 255 - mean) / std
+
+
+@functools.cache
+def constants(*rows: tuple[float, ...] | torch.device) -> list[Tensor]:
+    """Channels' values as tensors [3, 1, 1] on a device, moved there once."""
+    *rows, device = rows
+    return [torch.tensor(row, device=device).view(3, 1, 1) for row in rows]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -431,6 +442,7 @@ def load(path: str | Path, config: str | ViTConfig | None = None) -> ViT:
             raise ValueError(f"{path}: its {key} is {value}, not {getattr(config, key)}; name the one it holds")
     if own is None and config is None:
         raise ValueError(f"{path}: does not say which backbone it holds; name one of {', '.join(BACKBONES)}")
+    config = config if own else confirm(path, config)
     own = replace(own, image_size=config.image_size) if own and config and not named else own
     with torch.device("meta"):  # no memory and no time for initial values that the file replaces
         model = ViT(own or config)
@@ -441,6 +453,30 @@ def load(path: str | Path, config: str | ViTConfig | None = None) -> ViT:
     except ValueError as error:
         raise ValueError(f"{error}" + (own is None) * f"; a file in another layout is read by `{how}`") from None
     return model.eval()
+
+
+def confirm(path: str | Path, config: ViTConfig) -> ViTConfig:
+    """What the config.json of timm or transformers beside a weight file says of it: the activation is taken from there.
+    ValueError: it is another kind of model. A lone file is what it is said to be."""
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path).with_name("config.json")
+    about = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
+    act, theirs, kinds = config.act, about.get("architecture") or about.get("model_type"), {None}
+    if "architecture" in about and config.source.startswith("timm/"):  # timm's; the size in its name may be another
+        theirs, ours = (re.sub(r"_quickgelu|_\d+$", "", name.split(".")[0]) for name in (theirs, config.source[5:]))
+        act, kinds = "quick_gelu" if "quickgelu" in about["architecture"] else act, {ours}
+    elif "model_type" in about:
+        vision = about.get("vision_config", about)
+        theirs, kinds = theirs.removesuffix("_vision_model"), {"vit", "vit_mae", "vit_msn"}
+        for applies, kind in ((not config.class_token, "siglip"), (config.pre_norm, "clip"), (config.layer_scale, "dinov2"),
+                              (config.registers, "dinov2_with_registers"), (config.family == "beit", "beit")):
+            kinds = {kind} if applies else kinds  # the last one that applies
+        known = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}.get(theirs, "gelu")  # where it does not say
+        act = vision.get("hidden_act", known).replace("_pytorch", "").replace("gelu_new", "gelu_tanh")
+    if kinds != {None} and theirs not in kinds:
+        raise ValueError(f"{file}: says that {Path(path).name} is a {theirs}, not a {min(kinds)}; name what it is")
+    if act != config.act:
+        print(f"{path}: its activation is {act}, as config.json says", file=sys.stderr)
+    return replace(config, act=act)
 
 
 def read_config(metadata: dict[str, str], path: str | Path) -> ViTConfig | None:

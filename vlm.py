@@ -18,6 +18,7 @@ width, E the language model's width, W the vocabulary size.
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -328,8 +329,9 @@ class VLM(nn.Module):
         if rows:
             distinct = {id(images[i]): images[i] for i in rows}
             which = [list(distinct).index(id(images[i])) for i in rows]
-            pixels = torch.stack([prepare(image, self.config.vision) for image in distinct.values()])
-            tokens = self.encode_images(pixels.to(device))[which]  # [B', M, E]
+            pixels = [prepare(image, self.config.vision) for image in distinct.values()]
+            pixels += pixels[:1] * (2 ** math.ceil(math.log2(len(pixels))) - len(pixels))  # few shapes to compile
+            tokens = self.encode_images(torch.stack(pixels).to(device))[which]  # [B', M, E]
             embeds, mask = self.join(ids, mask, tokens, torch.tensor(rows, device=device))
         else:
             embeds = self.language.embed(ids)

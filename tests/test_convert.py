@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import error, refusal
 from safetensors.torch import load_file, save_file
+from test_llama import train
 from test_vit import pictures, randomize, same, tiny
 from torch import Tensor
 
@@ -226,7 +227,7 @@ def test_both_layouts_of_the_reference_programs(tmp_path):
 def test_llama_there_and_back(shards, dtype, tmp_path):
     model = small_llama(tie_word_embeddings=shards == 1).to(dtype)
     llama.save(model, tmp_path / "model")
-    (tmp_path / "model" / "tokenizer.model").write_bytes(b"pieces")
+    train(tmp_path / "model" / "tokenizer.model")
     assert "the layout of Meta" in convert.convert_llama(tmp_path / "model", tmp_path / "meta")
     shutil.move(tmp_path / "meta" / "tokenizer.model", tmp_path)  # where Meta's download has it: one level up
     convert.convert_llama(split_meta(tmp_path / "meta", shards), tmp_path / "back")
@@ -286,10 +287,12 @@ def test_the_language_model_of_a_vlm(tmp_path):
     model, folder = small_llama().bfloat16(), tmp_path / "vlm"
     vit.save_tensors({f"language.{k}": v for k, v in model.state_dict().items()}, folder / "model.safetensors", {})
     (folder / "config.json").write_text(json.dumps({"adapter": "mlp", "language": asdict(model.config)}))
-    (folder / "tokenizer.model").write_bytes(b"pieces")
+    train(folder / "tokenizer.model", bos_id=7)
     convert.main(["export", str(folder), str(tmp_path / "out"), "--layout", "transformers"])
     assert same(llama.load(tmp_path / "out", torch.bfloat16), model)
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
+    assert llama.read_json(tmp_path / "out" / "config.json")["bos_token_id"] == 7
+    ours, theirs = (folder / "tokenizer.model").read_bytes(), (tmp_path / "out" / "tokenizer.model").read_bytes()
+    assert ours == theirs
     assert "--layout transformers" in refusal(convert.export_language, folder, tmp_path / "x", "timm")
 
 

@@ -30,17 +30,44 @@ def test_bernoulli(visible: float):
     assert abs(m.sum(1).var().item() / (100 * visible * (1 - visible)) - 1) < 0.1  # patches are independent
 
 
-@pytest.mark.parametrize("grid", [14, 27, 4])
+@pytest.mark.parametrize("grid", [14, 27, 4, 1])
 def test_block_reveals_rectangles_up_to_the_share(grid):
     m = masks.block(200, grid, 0.4, generator())
     share = m.mean(1)
-    assert m.shape == (200, grid**2)
-    assert share.min() >= 0.4 and share.max() <= 0.95
+    assert m.shape == (200, grid**2) and set(m.unique().tolist()) <= {0.0, 1.0}
+    assert share.min() >= 0.4 and (share.max() <= 0.95 or grid == 1)
     image = m.view(-1, grid, grid)
     inside = (image[:, 1:, :] == image[:, :-1, :]).float().mean()  # neighbors agree more often than by chance
-    assert grid == 4 or inside > 0.8
+    assert grid <= 4 or inside > 0.8
     with pytest.raises(ValueError, match="visible is 0"):
         masks.block(1, grid, 0.0)
+
+
+def test_block_draws_the_authors_rectangles(monkeypatch):
+    """One after the other, from the same numbers: integer areas from 16 to A - 1, sides cut off after the point."""
+    draws = torch.rand(3, 40, dtype=torch.float64, generator=generator(5))
+    monkeypatch.setattr(masks, "rand", lambda batch, count, generator: draws)
+    for mask, u in zip(masks.block(3, 14).view(3, 14, 14), draws.view(3, 10, 4).tolist()):
+        expected, most = torch.zeros(14, 14), int(0.4 * 196)
+        while expected.sum() < 0.4 * 196:
+            (a, b, c, d), *u = u
+            area, aspect = 16 + int(a * (most - 16)), 0.3 + (1 / 0.3 - 0.3) * b
+            height, width = (min(14, max(1, int((area * x) ** 0.5))) for x in (aspect, 1 / aspect))
+            top, left = int(c * (15 - height)), int(d * (15 - width))
+            expected[top : top + height, left : left + width] = 1
+        assert torch.equal(mask, expected)
+    monkeypatch.setattr(masks, "rand", lambda batch, count, generator: torch.zeros(batch, count))  # one and the same
+    m = masks.block(2, 14)  # what 1,000 rectangles leave hidden is revealed row by row
+    assert m.sum(1).tolist() == [79, 79] and m[0].view(14, 14)[:5].all()
+
+
+@pytest.mark.parametrize("draw", [
+    lambda n, g: masks.uniform(n, 49, g), lambda n, g: masks.bernoulli(n, 49, 0.5, g),
+    lambda n, g: masks.block(n, 7, 0.9, g), lambda n, g: masks.windows(n, 7, g),
+])  # fmt: skip
+def test_a_mask_depends_on_its_own_generator_alone(draw):
+    whole = draw(6, [generator(i) for i in range(6)])
+    assert torch.equal(whole[2:5], draw(3, [generator(i) for i in range(2, 5)])) and not torch.equal(whole[0], whole[1])
 
 
 def test_windows_are_rectangles_of_3_to_14_patches():

@@ -70,8 +70,9 @@ def test_an_update_is_written_out(base: list[str], tiny_weights: Path, scenes: P
     train_set, val_set = (data.ImageFolder(scenes / "images" / part) for part in ("train", "val"))
 
     def draw(count: int, *key: int) -> torch.Tensor:
-        seed = int(data.generator("masks", *key).integers(2**62))
-        return masks.views(masks.uniform(count, 16, torch.Generator().manual_seed(seed)))
+        seeds = data.generator("masks", *key).integers(2**62, size=count)
+        u = [torch.rand(17, generator=torch.Generator().manual_seed(int(seed)), dtype=torch.float64) for seed in seeds]
+        return masks.views(torch.stack([(row[1:] > row[0]).float() for row in u]))
 
     chosen = [val_set.open(int(i)) for i in np.linspace(0, 24, 7, endpoint=False)]
     images, mask = torch.stack([vit.preprocess(image, teacher.config) for image in chosen]), draw(7, 0, 2**40)
