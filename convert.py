@@ -1,8 +1,9 @@
-"""Other projects' weights, in and out. Needs vit.py, llama.py and maskembed.py beside it.
+"""Other projects' weights, in and out. Needs vit.py, llama.py, maskembed.py and data.py beside it.
 
     python convert.py vit clip-vit-b model.safetensors clip-vit-b.safetensors  # timm's, transformers', MoCo's, ...
     python convert.py llama llama-2-7b/ Llama-2-7b-hf/                         # Meta's layout -> transformers', or back
     python convert.py export aligned.safetensors out/ --layout transformers    # ours -> timm's or transformers'
+    python convert.py conversations filter_cap.json lrv.json                   # LRV-Instruct's -> train_vlm.py --data
     python convert.py info aligned.safetensors
 
 A foreign layout is one table of names, used in both directions.
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import data
 import llama
 import maskembed
 import vit
@@ -412,6 +414,25 @@ def export_language(folder: str | Path, target: str | Path, layout: str) -> list
         return add_tokenizer(temporary, Path(folder) / "tokenizer.model")
 
 
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+def convert_conversations(source: str | Path, target: str | Path) -> str:
+    """LRV-Instruct (image_id, question, answer) or LVIS-Instruct-4V, as distributed, -> rows for train_vlm.py --data.
+    ValueError: a row is neither."""
+    rows = []
+    for number, row in enumerate(data.read_json(source, lines=None), 1):
+        if isinstance(row, dict) and {"image_id", "question", "answer"} <= row.keys():
+            turns = [("human", f"<image>\n{row['question']}"), ("gpt", row["answer"])]
+            turns = [{"from": who, "value": str(text)} for who, text in turns]
+            row = {"id": f"lrv-{number}", "image": f"{row['image_id']}.jpg", "conversations": turns}
+        if what := data.fault(row):
+            raise ValueError(f"{source}, row {number}: is neither LRV-Instruct's nor LVIS-Instruct-4V's ({what})")
+        rows.append(row)
+    with open(target, "x", encoding="utf-8") as file:
+        json.dump(rows, file)
+    return f"{target}: {len(rows):,} conversations; the paths of their images start from --images"
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 def describe(path: str | Path) -> str:
@@ -441,6 +462,9 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("file", help="file of ours, also an aligned one; or a VLM's folder, for its language model")
     command.add_argument("target", help="timm: the file to write, .safetensors; transformers: the folder to make")
     command.add_argument("--layout", choices=("timm", "transformers"), required=True)
+    command = commands.add_parser("conversations", help="LRV-Instruct or LVIS-Instruct-4V -> train_vlm.py's format")
+    command.add_argument("source", help="the .json file as distributed")
+    command.add_argument("target", help="the .json file to write; must be new")
     command = commands.add_parser("info", help="what a file of a vision transformer holds")
     command.add_argument("file")
     args = parser.parse_args(argv)
@@ -450,6 +474,8 @@ def main(argv: list[str] | None = None) -> None:
             print(convert_vit(args.name, args.source, args.target, args.image_size))
         elif args.command == "llama":
             print(convert_llama(args.source, args.target))
+        elif args.command == "conversations":
+            print(convert_conversations(args.source, args.target))
         elif args.command == "export":
             how = export_language if (Path(args.file) / "config.json").is_file() else export_vit
             for note in how(args.file, args.target, args.layout):
