@@ -133,8 +133,9 @@ def list_images(root: str) -> list[bytes]:
                     continue
                 if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir(follow_symlinks=False):
                     names.append(entry.name + "/")
-                elif entry.is_dir():
-                    below.append((start + entry.name, (*above, identity)))
+                    continue
+                with suppress(OSError):  # of a link to itself
+                    below += [(start + entry.name, (*above, identity))] if entry.is_dir() else []
         return folder, identity, [os.fsencode(start + name[:-1]) for name in sorted(names)], below
 
     found, level = [], [("", ())]

@@ -49,6 +49,13 @@ def make_scenes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
+def sine_positions(grid: int, width: int) -> Tensor:
+    """Position embeddings as MAE and MoCo v3 have them, sines and cosines of row and column: [1, grid^2, width]."""
+    bands = 100.0 ** -torch.linspace(0, 1, width // 4)
+    place = torch.cartesian_prod(*2 * [torch.arange(grid)])[:, :, None] * bands  # [N, 2, width / 4]
+    return torch.cat([place.sin(), place.cos()], 2).flatten(1)[None]
+
+
 def predict(backbone: vit.ViT, head: nn.Linear, images: Tensor) -> Tensor:
     """Images uint8 [B, 3, S, S] -> logits [B, 18], from the mean token."""
     with run.autocast("auto", images.device):
@@ -80,6 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     images, labels = make_scenes(o.count, o.seed)
     unseen = make_scenes(o.unseen, o.seed + UNSEEN_SEED)
     backbone, head = vit.ViT(CONFIG), nn.Linear(CONFIG.embed_dim, labels.shape[1])
+    with torch.no_grad():  # small random ones would fade, as the mean token does not need to know where things are
+        backbone.pos_embed[:, CONFIG.num_prefix :] = sine_positions(CONFIG.grid, CONFIG.embed_dim)
     parameters = [*backbone.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, LR, weight_decay=0.01)
     updates = o.count // o.batch * o.epochs

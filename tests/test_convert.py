@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import error, refusal
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_llama import train
 from test_vit import pictures, randomize, same, tiny
@@ -198,6 +199,9 @@ def test_exports_come_back_and_load_strictly(name, layout, tmp_path):
         tokens = theirs.forward_features(pictures(config))
     else:
         tokens = hf_tokens(out, config, notes)
+        T, picture = pytest.importorskip("transformers"), Image.effect_noise((70, 50), 90).convert("RGB")
+        theirs = T.AutoImageProcessor.from_pretrained(out, use_fast=False)(picture, return_tensors="pt").pixel_values[0]
+        assert (theirs - vit.preprocess(picture, config)).abs().max() < 0.05  # a step of 8 bits is up to 0.02
     assert error(model(pictures(config)), tokens) < 1e-5
 
 
@@ -313,3 +317,16 @@ def test_errors_of_the_command(tmp_path):
     ):
         with pytest.raises(SystemExit, match=f"^convert.py: .*{re.escape(message)}.*$"):
             convert.main(argv)
+
+
+def test_conversations_of_lrv_and_lvis(tmp_path):
+    lvis = {"id": 1, "image": "coco/1.jpg", "conversations": [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]}
+    lrv = {"image_id": "2366", "question": "What?", "answer": "A ring."}
+    (tmp_path / "a.json").write_text(json.dumps([lvis, lrv]), encoding="utf-8-sig")
+    convert.main(["conversations", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A ring."}]
+    rows = json.loads((tmp_path / "b.json").read_text())
+    assert rows == [lvis, {"id": "lrv-2", "image": "2366.jpg", "conversations": turns}]
+    (tmp_path / "a.json").write_text(json.dumps([lrv, {"question": "What?"}]))
+    said = refusal(convert.convert_conversations, tmp_path / "a.json", tmp_path / "c.json")
+    assert "a.json, row 2: is neither" in said and not (tmp_path / "c.json").exists()

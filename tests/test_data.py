@@ -66,6 +66,13 @@ def test_the_split_is_complete_and_stable_and_no_part_is_empty(tmp_path):
     assert "no val images at a held-out share of 0" in refusal(ImageFolder, touch(tmp_path, "1.jpg"), "val", 0)
 
 
+def test_links_to_themselves_upwards_and_nowhere(tmp_path):
+    touch(tmp_path, "a/1.jpg", "a/.2.jpg", ".hidden/3.jpg")
+    for name, target in {"self": "self", "a/up": "..", "gone": "nowhere", "b": "a"}.items():
+        (tmp_path / name).symlink_to(target)
+    assert list(ImageFolder(tmp_path)) == [b"a/1.jpg"]
+
+
 def two_steps(image: Image.Image, size: int, scale: tuple[float, float], resample: int = BICUBIC) -> np.ndarray:
     """The definition: resize the whole image, pad by reflection where it is short, cut out the center."""
     width, height = (round(side * factor / (min(image.size) / size)) for side, factor in zip(image.size, scale))

@@ -330,6 +330,13 @@ def test_tied_and_half(tmp_path):
     assert same(llama.load(tmp_path / "half", torch.bfloat16), half)
 
 
+def test_a_weight_that_is_not_a_number_is_named(tmp_path):
+    model = tiny()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    llama.save(model, tmp_path / "model")
+    assert "tensor model.layers.1.mlp.up_proj.weight holds a NaN" in refusal(llama.load, tmp_path / "model")
+
+
 def test_pickled_shards(folder):
     """pytorch_model.bin, as older repositories (Vicuna's) have it, with the tables that they carry along."""
     index = (folder / INDEX).rename(folder / "pytorch_model.bin.index.json")

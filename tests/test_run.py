@@ -186,3 +186,11 @@ def test_an_error_of_a_data_worker_is_one_sentence():
 def test_micro_batches():
     assert [run.micro_batch(share, 64) for share in (1024, 100, 7, 127)] == [64, 50, 7, 1]
     assert [run.micro_batch(share, 64, multiple=2) for share in (1024, 100, 66)] == [64, 50, 22]
+
+
+def test_a_message_never_shares_the_bars_line(capsys):
+    with pytest.raises(SystemExit), run.ended("probe.py"):
+        bar = run.bar("training", 10, 0)
+        bar.update(3)
+        raise ValueError("image 2 is broken")
+    assert capsys.readouterr().err.endswith("\n") and bar.disable

@@ -264,3 +264,19 @@ def test_usage_errors_exit_with_2(argv: str, text: str, capsys):
     with pytest.raises(SystemExit) as caught:
         train_align.options(argv.split())
     assert caught.value.code == 2 and text in capsys.readouterr().err
+
+
+def test_imagenets_layout_and_a_checkpoint_as_weights(base: list[str], tiny_weights: Path, scenes: Path, tmp_path: Path, capsys):
+    """train/ and val/ are these two, whatever else lies beside them; a checkpoint is a file with an aligned model."""
+    for part, source in (("train", "train"), ("val", "val"), ("test", "test")):
+        shutil.copytree(scenes / "images" / source, tmp_path / "in1k" / part)
+    argv = list(map(str, base))
+    argv[argv.index("--data") + 1] = str(tmp_path / "in1k")
+    del argv[argv.index("--val") : argv.index("--val") + 2]
+    train(*argv, "--out", tmp_path / "out", "--updates", 2)
+    said = capsys.readouterr().err
+    assert f"training images: {tmp_path / 'in1k/train'}, 48; 7 to validate on, of {tmp_path / 'in1k/val'}" in said
+    checkpoint, = (tmp_path / "out/checkpoints").glob("update-*.pt")
+    ours, loaded = maskembed.load(tmp_path / "out/aligned.safetensors"), maskembed.load(checkpoint)
+    assert ours.target_scale == loaded.target_scale and ours.encoder.config == vit.load(checkpoint).config
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in ours.state_dict().items())

@@ -1,17 +1,18 @@
 """vit.py against timm's outputs (of tiny models in tests/data/timm), its own definitions, and wrong input."""
 
 import json
+import math
 import os
-import struct
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import error, refusal
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -311,3 +312,61 @@ def test_a_file_of_ours_asked_for_as_something_else(tmp_path):
     assert "another version" in refusal(vit.load, path)
     assert "reads 40 x 40" in refusal(vit.ViT(config), torch.zeros(1, 3, 46, 46))
     assert "softcap" in refusal(tiny, "beit-vit-b", softcap=30.0)
+
+
+BESIDE = {  # what lies beside a weight file: the row asked for, config.json -> the activation, or a refusal
+    "SigLIP of transformers": ("siglip-vit-b", {"model_type": "siglip", "vision_config": {}}, "gelu_tanh"),
+    "SigLIP's tower": ("siglip-vit-b", {"model_type": "siglip_vision_model", "hidden_act": "gelu"}, "gelu"),
+    "OpenAI's CLIP": ("openclip-vit-b", {"model_type": "clip", "vision_config": {}}, "quick_gelu"),
+    "LAION's CLIP": ("clip-vit-b", {"model_type": "clip", "vision_config": {"hidden_act": "gelu"}}, "gelu"),
+    "timm's CLIP": ("clip-vit-b", {"architecture": "vit_base_patch16_clip_224"}, "quick_gelu"),
+    "timm's QuickGELU": ("openclip-vit-b", {"architecture": "vit_base_patch16_clip_quickgelu_384"}, "quick_gelu"),
+    "Perception Encoder": ("clip-vit-b", {"architecture": "vit_pe_core_base_patch16_224"}, "is a vit_pe_core_base_patch16"),
+    "DINOv2": ("in1k-vit-b", {"model_type": "dinov2"}, "is a dinov2, not a vit"),
+    "a VLM": ("clip-vit-b", {"adapter": "mlp"}, "quick_gelu"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_no_file_is_read_as_what_it_is_not(name, tmp_path, capsys):
+    row, beside, expected = BESIDE[name]
+    config, file = vit.BACKBONES[row], tmp_path / "model.safetensors"
+    (tmp_path / "config.json").write_text(json.dumps(beside), encoding="utf-8-sig")
+    if " " in expected:
+        assert f"config.json: says that model.safetensors {expected}" in refusal(vit.confirm, file, config)
+        return
+    assert vit.confirm(file, config) == vit.confirm(tmp_path, config) == replace(config, act=expected)
+    assert ("its activation is" in capsys.readouterr().err) == (expected != config.act)
+    assert vit.confirm(tmp_path / "elsewhere" / "model.safetensors", config) == config
+
+
+def test_the_activations_are_torchs():
+    x = torch.randn(5, 32)
+    for act, function in dict(gelu=F.gelu, gelu_tanh=partial(F.gelu, approximate="tanh"),
+                              quick_gelu=lambda x: x * (1.702 * x).sigmoid()).items():  # fmt: skip
+        mlp = vit.Mlp(tiny("in1k-vit-b", act=act))
+        assert torch.equal(mlp(x), mlp.fc2(function(mlp.fc1(x))))
+
+
+def test_weights_in_a_folder_and_not_a_number(tmp_path):
+    model, folder = randomize(vit.ViT(tiny("in1k-vit-t"))), tmp_path / "download"
+    vit.save(model, folder / "model.safetensors")
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "._model.safetensors").write_bytes(b"Mac OS X")
+    assert same(vit.load(folder), model)
+    vit.save(model, folder / "other.safetensors")
+    assert "holds 2 weight files: model.safetensors, other.safetensors; name one" in refusal(vit.load, folder)
+    (tmp_path / "empty").mkdir()
+    assert "holds 0 weight files; name one" in refusal(vit.load, tmp_path / "empty")
+    for value in (math.nan, math.inf):
+        model.blocks[1].mlp.fc1.bias.data[3] = value
+        vit.save(model, folder / "other.safetensors")
+        said = refusal(vit.load, folder / "other.safetensors")
+        assert "other.safetensors: tensor blocks.1.mlp.fc1.bias holds a NaN or an infinity" in said
+
+
+def test_a_strip_is_its_middle():
+    config, strip = vit.BACKBONES["clip-vit-b"], np.zeros((1, 20001, 3), np.uint8)
+    strip[:, 9990:10011] = 200
+    for image in (strip, strip.transpose(1, 0, 2)):
+        assert (np.asarray(vit.fit(Image.fromarray(image), config)) == 200).all()

@@ -1,9 +1,12 @@
 """vlm.py against the authors' adapters (tests/data/vlm), its own definitions, and wrong input. All models are tiny."""
 
 import functools
+import io
 import json
+import math
 import os
 import pickle
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -360,3 +363,35 @@ def test_damaged_folders(tmp_path, file, change, message):
     vlm.save(tiny(), tmp_path / "model")
     change(tmp_path / "model" / file)
     assert message in refusal(vlm.load, tmp_path / "model")
+
+
+def test_no_answer_follows_from_what_is_not_a_number():
+    model = tiny()
+    model.language.lm_head.weight.data[5] = math.nan
+    for ask in (lambda: model.generate([None], ["What?"]), lambda: model.score([None], ["What?"], [("What", "Out")])):
+        assert "outputs are not finite" in refusal(ask)
+
+
+def test_any_number_of_images_has_few_shapes(monkeypatch):
+    """A compiled backbone is one kernel for each: here, of 1, 2, 4 and 8 images."""
+    model, shapes = tiny(), []
+    encode = model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda images: shapes.append(len(images)) or encode(images))
+    images = [Image.new("RGB", (8, 8), (25 * i, 0, 0)) for i in range(8)]
+    alone = [model.read([image], ["What?"])[0] for image in images]
+    for count in range(1, 9):
+        together, _ = model.read(images[:count], ["What?"] * count)
+        assert torch.allclose(together, torch.cat(alone[:count]), atol=1e-5)
+    assert set(shapes) == {1, 2, 4, 8}
+
+
+def test_transparency_is_told_and_any_terminal_will_do(tmp_path, capsys, monkeypatch):
+    model, image = tiny(), tmp_path / "clear.png"
+    vlm.save(model, tmp_path / "vlm")
+    Image.new("RGBA", (9, 9), (255, 0, 0, 0)).save(image)
+    monkeypatch.setattr(VLM, "stream", lambda self, image, *more: iter([f"{image.convert('RGB').getpixel((0, 0))} é"]))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    vlm.main([str(tmp_path / "vlm"), str(image), "What?"])
+    sys.stdout.seek(0)
+    assert sys.stdout.read() == "(255, 0, 0) \\xe9\n"
+    assert f"{image}: is transparent in places" in capsys.readouterr().err
