@@ -120,11 +120,11 @@ def read_vit(path: str | Path, config: ViTConfig) -> ViT | Student:
     if "config" in metadata:  # ours already
         return vit.load(path, config)
     config = vit.confirm(path, config)
-    tensors = {re.sub(r"\bblocks\.\d+\.(\d+\.)", r"blocks.\1", name): value for name, value in tensors.items()}  # DINOv2's
+    tensors = {re.sub(r"\bblocks\.\d+\.(\d)", r"blocks.\1", name): value for name, value in tensors.items()}  # DINOv2's
     layout, prefix = detect_layout(list(tensors), path)
     if prefix == "encoder.":
         return read_aligned(config, tensors, path)
-    if extra := {group(name, prefix) for name in tensors if is_left_out(name, prefix)}:
+    if extra := {name.removeprefix(prefix).split(".")[0] for name in tensors if is_left_out(name, prefix)}:
         print(f"{path}: leaves out {', '.join(sorted(extra))}")
     return fill(config, tensors, layout, prefix, path)
 
@@ -133,12 +133,6 @@ def is_left_out(name: str, prefix: str) -> bool:
     """Whether a foreign tensor is not the vision tower's, or not needed for token features."""
     own = name.removeprefix(prefix)
     return not name.startswith(prefix) or not LEFT_OUT.isdisjoint(own.split(".")) or own == "proj"  # CLIP's last layer
-
-
-def group(name: str, prefix: str) -> str:
-    """A short name for the part of a file that a tensor belongs to: visual.trunk.head.proj.weight -> visual.trunk.head."""
-    parts, before = name.split("."), prefix.split(".")
-    return ".".join(parts[: len(before) if name.startswith(prefix) else 1 + (parts[0] == before[0])])
 
 
 def fill(config: ViTConfig, tensors: dict[str, Tensor], layout: str, prefix: str, path: str | Path) -> ViT:
@@ -210,12 +204,11 @@ def export_vit(source: str | Path, target: str | Path, layout: str) -> list[str]
     with new_folder(target) as folder:
         vit.save_tensors(state, folder / "model.safetensors", {})
         (folder / "config.json").write_text(json.dumps(description, indent=2))
-        (folder / "preprocessor_config.json").write_text(json.dumps({  # `vit.preprocess`
-            "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
-            "do_resize": True, "size": {"shortest_edge": int(config.image_size / config.crop_pct)}, "resample": 3,
-            "do_center_crop": True, "crop_size": {"height": config.image_size, "width": config.image_size},
-            "do_rescale": True, "do_normalize": True, "image_mean": config.mean, "image_std": config.std,
-        }, indent=2))  # fmt: skip
+        steps = dict.fromkeys("do_convert_rgb do_resize do_center_crop do_rescale do_normalize".split(), True)
+        processor = dict(image_processor_type="CLIPImageProcessor", crop_size=config.image_size, resample=3, **steps)
+        processor |= dict(image_mean=config.mean, image_std=config.std)  # this is `vit.preprocess`
+        processor |= dict(size={"shortest_edge": int(config.image_size / config.crop_pct)})
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
     return notes
 
 
@@ -392,18 +385,17 @@ def add_tokenizer(folder: Path, file: Path) -> list[str]:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     pieces = tokenizer.pieces
     bos, eos = map(pieces.id_to_piece, (tokenizer.bos, tokenizer.eos))
-    about = dict(tokenizer_class="LlamaTokenizer", bos_token=bos, eos_token=eos, add_bos_token=True, add_eos_token=False)
-    (folder / "tokenizer_config.json").write_text(json.dumps(about | dict(legacy=True), indent=2))
-    defined = [i for i in range(pieces.vocab_size()) if pieces.get_score(i) == 0 and not pieces.is_control(i)]
-    defined = [i for i in defined if not (pieces.is_byte(i) or pieces.is_unknown(i))]
+    about = dict(tokenizer_class="LlamaTokenizer", bos_token=bos, eos_token=eos, add_bos_token=True, legacy=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps(about | dict(add_eos_token=False), indent=2))
+    plain = [i for i in range(len(pieces)) if not (pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i))]
     notes = ["In transformers, <s> and </s> inside a text are special, and one space before a text is lost."]
-    if len(defined) > 1:  # sentencepiece's first merge has the score 0, too
-        notes.append(f"Encode with llama.Tokenizer: transformers ignores the tokenizer's {len(defined)} user-defined symbols.")
+    if sum(pieces.get_score(i) == 0 for i in plain) > 1:  # the first merge has the score 0, too
+        notes.append("Encode with llama.Tokenizer: transformers ignores the tokenizer's user-defined symbols.")
     return notes
 
 
 def export_language(folder: str | Path, target: str | Path, layout: str) -> list[str]:
-    """The language model of a VLM's folder in a new folder in transformers' layout, with its tokenizer. Returns notes."""
+    """The language model of a VLM's folder, with its tokenizer, in transformers' layout. Returns notes."""
     language = llama.read_json(Path(folder) / "config.json").get("language")
     if language is None or layout != "transformers":
         raise ValueError(f"{folder}: give a file, or a VLM's folder (train_vlm.py writes it) and --layout transformers")
@@ -452,7 +444,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("vit", help="a file in any layout -> a file of ours")
     command.add_argument("name", choices=vit.BACKBONES, metavar="NAME", help=", ".join(vit.BACKBONES))
-    command.add_argument("source", help="a file, or a folder with one, of timm, transformers, open_clip, or a backbone's authors")
+    command.add_argument("source", help="a file or its folder, of timm, transformers, open_clip, the authors")
     command.add_argument("target", help="the file to write, .safetensors")
     command.add_argument("--image-size", type=int, help="resample position embeddings to this input size")
     command = commands.add_parser("llama", help="Meta's layout -> transformers', or back; the folder says which it is")

@@ -50,8 +50,7 @@ def check_unreadable(bad: int, seen: int, what: str = "images", example: str = "
 
 
 def read_text(path: Path) -> str:
-    """A text file as people save it: UTF-8 or UTF-16, with a byte order mark or without, any line ends. Bytes that are no
-    text become U+FFFD."""
+    """A text file as people save it: UTF-8 or UTF-16, with a byte order mark or not. What is no text becomes U+FFFD."""
     with open(path, "rb") as file:
         wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
     with open(path, encoding="utf-16" if wide else "utf-8-sig", errors="replace") as file:
@@ -151,16 +150,13 @@ def list_images(root: str) -> list[bytes]:
 
 # --- from a file to an augmented crop (appendix C) --------------------------------------------------------------------
 
-# Files to pixels: `TURNS`, `to_rgb`, `turn` and `upright` are those of vit.py, as either file stands alone.
-
-# EXIF orientations from 2 on (1 is upright): what turns the stored picture upright
+# As in vit.py (either file stands alone): EXIF orientations from 2 on, and what turns the stored picture upright
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB. Transparency is dropped: such a pixel shows the color stored under it. Grays of more than 8 bits,
-    which Pillow would clip, are scaled: 16 bits to 8; floats by 255, or from their least to their greatest value where
-    that is not from 0 to 1 (and so are integers of more than 16 bits)."""
+    """Any mode as RGB; transparency is dropped, and the stored color shows. Grays that Pillow would clip are scaled: 16
+    bits to 8, floats by 255, or else from their least to their greatest value."""
     if image.mode[0] in "IF":
         gray = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
         most = 1 if image.mode == "F" else 65535
@@ -186,8 +182,8 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def open_image(path: Path, convert: Callable[[Image.Image], Image.Image] = upright) -> Image.Image:
-    """The picture in a file, as every part of the project sees it. convert: `to_rgb` where annotations go with it, which
-    are drawn over the pixels as stored. ValueError: it cannot be read."""
+    """The picture in a file, as every part of the project sees it. convert: `to_rgb` where annotations, which are drawn
+    over the pixels as stored, go with it. ValueError: it cannot be read."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -517,8 +513,10 @@ class Conversations(Dataset):
         self.roots = roots * len(files) if len(roots) == 1 else roots
         if len(self.roots) != len(files) or not all(map(os.path.isdir, roots)):
             raise ValueError(f"{', '.join(map(str, roots))}: give one folder of images for all files, or one for each")
-        rows = ((i, number, row) for i, file in enumerate(files) for number, row in enumerate(read_rows(file), 1))
+        rows = ((i, n, row) for i, file in enumerate(files) for n, row in enumerate(read_json(file, lines=None), 1))
         self._rows = Strings([json.dumps(row).encode() for row in rows])  # each with its file, and its number there
+        if not len(self):
+            raise ValueError(f"{files[0]} holds no conversations; give a JSON list of them, or one on each line")
         blocks = DataLoader(range(len(self)), 256, num_workers=workers, collate_fn=self._measure)
         blocks = tqdm(blocks, "measuring conversations", leave=False, delay=2, disable=None)
         self.lengths, has_image = np.concatenate(list(blocks), axis=1)
@@ -567,13 +565,6 @@ class Conversations(Dataset):
         except ValueError as error:
             blank = self.prepare(Image.new("RGB", (8, 8)))  # keeps the batch's shape and modality
             return Example(ids, [-100] * len(ids), blank, f"{name}: {error}")
-
-
-def read_rows(path: Path) -> list[object]:
-    """The rows of a JSON list or of JSON lines. ValueError: it has none, or is not JSON."""
-    if rows := read_json(path, lines=None):
-        return rows
-    raise ValueError(f"{path} holds no conversations; give a JSON list of them, or one on each line")
 
 
 def fault(row: object) -> str | None:

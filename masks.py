@@ -1,7 +1,7 @@
 """The mask distributions of MaskEmbed (section 3.2, appendix B.1). Needs only torch; copy it.
 
-A mask is float [batch, patches], 1 = visible, 0 = hidden, patches row by row. The random ones take a CPU generator, or one
-for each mask: their states give the same masks on every machine.
+A mask is float [batch, patches], 1 = visible, 0 = hidden, patches row by row. The random ones take a CPU generator, or
+one for each mask: their states give the same masks on every machine.
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ def block(batch: int, grid: int, visible: float = 0.4, generator: Random = None)
     """BEiT's block masks, inverted: random rectangles are revealed until at least a fraction `visible` is visible.
 
     With A = max(2, int(visible * N)), a rectangle's area is an integer in [min(16, A), A), its aspect ratio uniform in
-    [0.3, 1/0.3]; its sides are cut to the grid. What 1,000 rectangles leave hidden is revealed row by row. grid: patches
-    along each side.
+    [0.3, 1/0.3]; its sides are cut to the grid. What 1,000 rectangles leave hidden is revealed row by row. grid:
+    patches along each side.
     """
     if not 0 < visible <= 1:
         raise ValueError(f"visible is {visible}; a block mask needs a fraction in (0, 1]")
@@ -52,8 +52,8 @@ def block(batch: int, grid: int, visible: float = 0.4, generator: Random = None)
         height, width = ((area * x).sqrt().floor().clamp(1, grid) for x in (aspect, 1 / aspect))  # [todo, 10, 1]
         top, left = ((x * (grid - side + 1)).floor() for x, side in ((u[:, :, 2], height), (u[:, :, 3], width)))
         rows, columns = (place >= top) & (place < top + height), (place >= left) & (place < left + width)
-        shown = (rows[..., None] & columns[:, :, None]).flatten(2).float().cumsum(1) + masks[todo, None]  # [todo, 10, N]
-        shown = shown.clamp(max=1)
+        shown = (rows[..., None] & columns[:, :, None]).flatten(2).float().cumsum(1)  # [todo, 10, N]
+        shown = (shown + masks[todo, None]).clamp(max=1)
         enough = shown.sum(2) >= wanted  # [todo, 10]: after this many rectangles
         last = torch.where(enough.any(1), enough.int().argmax(1), 9)
         masks[todo] = shown[torch.arange(len(todo)), last]

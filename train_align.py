@@ -126,8 +126,8 @@ def learning_rate(update: int, updates: int, warmup: int, peak: float) -> float:
 
 
 def draw_masks(o: argparse.Namespace, grid: int, seed: int, update: int, samples: range) -> Tensor:
-    """The views of some samples of a batch, [samples * V, N], 1 = visible (section 3.2). Each has its own generator, so a
-    process draws its share alone."""
+    """The views of some samples of a batch, [samples * V, N], 1 = visible (section 3.2). Each has its own generator, so
+    a process draws its share alone."""
     seeds = data.generator("masks", seed, update).integers(2**62, size=samples.stop)[samples.start :: samples.step]
     count, generators = len(samples), [torch.Generator().manual_seed(one) for one in seeds.tolist()]
     if o.masks == "uniform":
@@ -173,7 +173,7 @@ def validate(o: argparse.Namespace, rank: int, world: int, log: run.Log, teacher
     loader = DataLoader(Subset(images, mine), o.micro_batch, collate_fn=data.collate, **how)
     measure, total, bad = maskembed.TargetScale(), 0.0, 0
     for (pixels, names), m in zip(loader, fixed):
-        count, missing = m.shape[:2].numel(), o.micro_batch - len(m)  # the last batch is filled up: one shape to compile
+        count, missing = m.shape[:2].numel(), o.micro_batch - len(m)  # the last batch is filled up: one shape
         pixels, m = (torch.cat([part, part[:1].expand(missing, *part.shape[1:])]) for part in (pixels, m))
         x, m = vit.normalize(pixels.to(device), config), m.flatten(0, 1).to(device)
         with run.autocast(o.precision, device):

@@ -365,14 +365,13 @@ def fit(image: Image.Image, config: ViTConfig, square: bool = False) -> Image.Im
     return image.crop((left, top, left + size, top + size))
 
 
-# EXIF orientations from 2 on (1 is upright): what turns the stored picture upright
+# EXIF orientations from 2 on (1 is upright), and what turns the stored picture upright
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB. Transparency is dropped: such a pixel shows the color stored under it. Grays of more than 8 bits,
-    which Pillow would clip, are scaled: 16 bits to 8; floats by 255, or from their least to their greatest value where
-    that is not from 0 to 1 (and so are integers of more than 16 bits)."""
+    """Any mode as RGB; transparency is dropped, and the stored color shows. Grays that Pillow would clip are scaled: 16
+    bits to 8, floats by 255, or else from their least to their greatest value."""
     if image.mode[0] in "IF":
         gray = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
         most = 1 if image.mode == "F" else 65535
@@ -466,10 +465,10 @@ def confirm(path: str | Path, config: ViTConfig) -> ViTConfig:
         act, kinds = "quick_gelu" if "quickgelu" in about["architecture"] else act, {ours}
     elif "model_type" in about:
         vision = about.get("vision_config", about)
-        theirs, kinds = theirs.removesuffix("_vision_model"), {"vit", "vit_mae", "vit_msn"}
-        for applies, kind in ((not config.class_token, "siglip"), (config.pre_norm, "clip"), (config.layer_scale, "dinov2"),
-                              (config.registers, "dinov2_with_registers"), (config.family == "beit", "beit")):
-            kinds = {kind} if applies else kinds  # the last one that applies
+        theirs = theirs.removesuffix("_vision_model")
+        kind = (not config.class_token and "siglip" or config.pre_norm and "clip" or config.family == "beit" and "beit"
+                or config.registers and "dinov2_with_registers" or config.layer_scale and "dinov2")  # fmt: skip
+        kinds = {kind} if kind else {"vit", "vit_mae", "vit_msn"}
         known = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}.get(theirs, "gelu")  # where it does not say
         act = vision.get("hidden_act", known).replace("_pytorch", "").replace("gelu_new", "gelu_tanh")
     if kinds != {None} and theirs not in kinds:
@@ -534,7 +533,7 @@ def resample_relative_bias(table: Tensor, grid: int) -> Tensor:
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a .safetensors file or a pickle by name, mapped, and its metadata. No code in a pickle is run.
-    path: the file, or a folder with one (a download, an export). ValueError: a tensor is not finite, or what is wrong."""
+    path: the file, or a folder with one (a download, an export). ValueError: what is wrong, such as a NaN."""
     path = find_weights(Path(path))
     try:
         if path.suffix == ".safetensors":

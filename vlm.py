@@ -124,16 +124,13 @@ class MLP(nn.Module):
         return self.projector(x)
 
 
-class FusedMLP(nn.Module):
+class FusedMLP(MLP):
     """`fused-mlp` (figure 13): features of two backbones side by side, D = D1 + D2 channels, three linear layers."""
 
     def __init__(self, config: "VLMConfig"):
-        super().__init__()
+        nn.Module.__init__(self)
         D, E = config.second.embed_dim + config.vision.embed_dim, config.language.hidden_size
         self.projector = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, E), nn.GELU(), nn.Linear(E, E))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.projector(x)
 
 
 class TransformerAdapter(nn.Module):

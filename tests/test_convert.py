@@ -96,9 +96,9 @@ OTHERS = {  # files as their authors distribute them: backbone, how they are nes
     "DINOv2's training": ("dinov2-vit-b", "teacher", lambda s: rename({n.replace("blocks.", "blocks.0."): v
         for n, v in s.items()}, "dinov2-own", "backbone.") | {"dino_head.mlp.0.weight": 0}, "dino_head"),
     "open_clip": ("clip-vit-b", None, lambda s: rename(s, "open_clip", "visual.") | {"visual.proj": 0, "logit_scale": 0,
-        "transformer.resblocks.0.ln_1.weight": 0, "ln_final.weight": 0}, "ln_final, logit_scale, transformer, visual.proj"),
+        "transformer.resblocks.0.ln_1.weight": 0, "ln_final.weight": 0}, "ln_final, logit_scale, proj, transformer"),
     "open_clip of timm": ("siglip-vit-b", "state_dict", lambda s: {f"visual.trunk.{n}": v for n, v in s.items()} | {
-        "visual.trunk.attn_pool.latent": 0, "text.cls_emb": 0}, "text, visual.trunk.attn_pool"),
+        "visual.trunk.attn_pool.latent": 0, "text.cls_emb": 0}, "attn_pool, text"),
     "a distributed run": ("in1k-vit-b", "model", lambda s: {f"module.{n}": v for n, v in s.items()}, ""),
 }  # fmt: skip
 
