@@ -181,8 +181,7 @@ def read_aligned(config: ViTConfig, tensors: dict[str, Tensor], path: str | Path
 def export_vit(source: str | Path, target: str | Path, layout: str) -> list[str]:
     """Write the backbone in a file of ours for other people's code; returns what its user must know, a sentence each.
 
-    layout "timm": a file for timm.create_model(..., num_classes=0); "transformers": a folder for from_pretrained.
-    """
+    layout "timm": a file for timm.create_model(..., num_classes=0); "transformers": a folder for from_pretrained."""
     model = vit.load(source)
     config, state, notes = model.config, model.state_dict(), []
     if config.softcap is not None:

@@ -89,8 +89,7 @@ class LlamaConfig:
 class Cache:
     """Keys and values of the tokens read so far: S places for each of B sequences, allocated once.
     layers: keys and values [B, K, S, d] of each. mask: [B, S], which places hold tokens (padding takes places, too).
-    place: [1], the first free place, on the device, so that a compiled step does not depend on it.
-    """
+    place: [1], the first free place, on the device, so that a compiled step does not depend on it."""
 
     def __init__(self, config: LlamaConfig, batch: int, size: int, dtype: torch.dtype, device: torch.device | str):
         self.place = torch.zeros(1, dtype=torch.long, device=device)
@@ -126,8 +125,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: tuple | None) -> Tensor:
         """x [B, T, D] -> [B, T, D]. cos, sin: see `rotary`. mask: [B, 1, T, T or S], True = seen; None: causal.
-        cache: keys and values [B, K, S, d], and the places [T] where the new ones go; a mask is over all S.
-        """
+        cache: keys and values [B, K, S, d], and the places [T] where the new ones go; a mask is over all S."""
         B, T, _ = x.shape
         q, k, v = (f(x).view(B, T, -1, self.d).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, H, T, d]; k and v: [B, K, T, d]
@@ -201,8 +199,7 @@ class Llama(nn.Module):
         ids [B, T] or embeds [B, T, D]: the tokens, one or the other.
         mask: [B, T], 1 = token, 0 = padding, on either side. None: no padding (or, without a cache, on the right).
         cache: the tokens read before, to which these are added.
-        positions: [B, n], the places among the T tokens whose logits are wanted; None: all T.
-        """
+        positions: [B, n], the places among the T tokens whose logits are wanted; None: all T."""
         x = self.hidden(self.embed(ids) if embeds is None else embeds, mask, cache)
         if positions is not None:
             x = x[torch.arange(len(x), device=x.device)[:, None], positions]
@@ -210,8 +207,7 @@ class Llama(nn.Module):
 
     def hidden(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Embeddings [B, T, D] through all layers and the final norm. ValueError: they exceed the context.
-        A token's position counts the tokens before it; it sees those and itself. Padding sees itself to stay finite.
-        """
+        A token's position counts the tokens before it; it sees those and itself. Padding sees itself to stay finite."""
         (B, T, _), context = x.shape, self.config.max_position_embeddings
         if T > context:
             raise ValueError(f"{T} tokens exceed the context of {context}; shorten the text")
@@ -239,8 +235,7 @@ class Llama(nn.Module):
     def loss(self, embeds: Tensor, labels: Tensor, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """Cross-entropy of the labels, a float32 scalar; 0 if there is none. Never holds the logits of all of them.
         embeds: [B, T, D]. labels: [B, T], the ids of the tokens themselves (each is predicted from those before it),
-        -100 where none is to be learned. mask: see `forward`. reduction: "mean" over the labels or "sum".
-        """
+        -100 where none is to be learned. mask: see `forward`. reduction: "mean" over the labels or "sum"."""
         wanted = labels[:, 1:] != IGNORE
         x, labels = self.hidden(embeds, mask)[:, :-1][wanted], labels[:, 1:][wanted]  # [n, D], [n]
         total = x.new_zeros((), dtype=torch.float32)
@@ -257,8 +252,7 @@ class Llama(nn.Module):
         """Continue B prompts (see `forward`): yields ids [B], one of each sequence at a time.
         stop: the id that ends a sequence (</s>) and then fills it until all have ended; None: no id does.
         max_new_tokens: at most this many, and no more than the context has room for. ValueError: none at all.
-        temperature: 0 takes the most likely token; otherwise tokens are drawn from softmax(logits / temperature).
-        """
+        temperature: 0 takes the most likely token; otherwise tokens are drawn from softmax(logits / temperature)."""
         x = self.embed(ids) if embeds is None else embeds
         (B, T, _), context = x.shape, self.config.max_position_embeddings
         steps = min(max_new_tokens, context - T)

@@ -31,8 +31,7 @@ LOSSES = ("mse", "mae", "cosine", "mse-hidden", "mse-visible")
 def mask_images(images: Tensor, masks: Tensor, patch_size: int) -> Tensor:
     """m(x): normalized images [B, 3, H, W], masks [B * V, N] -> [B * V, 3, H, W].
 
-    Hidden patches become zero, the mean color, and so do pixels beyond the last whole patch, which belong to none.
-    """
+    Hidden patches become zero, the mean color, and so do pixels beyond the last whole patch, which belong to none."""
     B, _, H, W = images.shape
     rows, columns = H // patch_size, W // patch_size
     m = masks.view(B, -1, 1, rows, columns)  # [B, V, 1, rows, columns]
@@ -47,8 +46,7 @@ def teacher_targets(teacher: ViT, images: Tensor, masks: Tensor, target: str = "
 
     target: "penultimate", all tokens without the last block, then the final norm (the paper's choice); "last", with it;
         "cls", the class token of "last", [B * V, 1, D]; "crop", that of the visible window, cut out and resized
-        (CLIPSelf). ValueError: the backbone has no class token.
-    """
+        (CLIPSelf). ValueError: the backbone has no class token."""
     if target in ("cls", "crop") and not teacher.config.class_token:
         raise ValueError(f"target {target}: this backbone has no class token; choose the target penultimate or last")
     if target == "crop":
@@ -71,8 +69,7 @@ def crop_windows(images: Tensor, masks: Tensor, patch_size: int) -> Tensor:
 class TargetScale:
     """The constant that gives the targets unit variance around one scalar mean (over tokens, channels and views).
 
-    Feed it the targets of the validation set; `sums` (float64: count, sum, sum of squares) may be summed over ranks.
-    """
+    Feed it the targets of the validation set; `sums` (float64: count, sum, sum of squares) may be summed over ranks."""
 
     def __init__(self):
         self.sums = [0.0, 0.0, 0.0]
@@ -99,8 +96,7 @@ class Decoder(nn.Module):
 
     encoder: the encoder's config, whose heads, activation and qkv bias the blocks take over. width: W, a multiple of
     the encoder's channels per head (ValueError); None: the encoder's. softcap: of its attention; the paper has none.
-    swiglu: EVA02's kind of MLP, with a hidden width of 4 W.
-    """
+    swiglu: EVA02's kind of MLP, with a hidden width of 4 W."""
 
     def __init__(self, encoder: ViTConfig, depth: int = 2, width: int | None = None, softcap: float | None = None,
                  swiglu: bool = False):
@@ -131,8 +127,7 @@ class Student(nn.Module):
 
     decoder: a `Decoder`; or "sum" or "mean" for the baselines that add up or average the visible embeddings.
     target: what is reconstructed; with "cls" the first token of the decoder's output.
-    target_scale: the constant that multiplies the teacher's targets, stored with the model.
-    """
+    target_scale: the constant that multiplies the teacher's targets, stored with the model."""
 
     def __init__(self, encoder: ViT, head: nn.Module, decoder: Decoder | str, target: str = "penultimate",
                  target_scale: float = 1.0):
@@ -167,8 +162,7 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, masks: Tensor, kind:
     """The distance between prediction and target [M, T, D], a scalar; masks [M, N].
 
     kind: one of LOSSES: "mse" (equation 1), "mae", "cosine" (1 - cos, mean over tokens), and "mse-hidden" or
-        "mse-visible": squared errors of those patches and of the prefix tokens, over the number of all tokens.
-    """
+        "mse-visible": squared errors of those patches and of the prefix tokens, over the number of all tokens."""
     dtype = torch.promote_types(prediction.dtype, torch.float32)  # bf16 under autocast -> float32
     prediction, target = prediction.to(dtype), target.to(dtype)
     if kind == "mse" or kind.startswith("mse-") and target.shape[1] == 1:  # a class token alone always counts
@@ -209,8 +203,7 @@ def make_student(teacher: ViT, objective: Objective = OBJECTIVES["maskembed"], s
     """The student at the start of alignment: a trainable copy of the teacher, a zero head, a random decoder.
 
     The encoder's final norm is a fresh LayerNorm (1e-5), also where the backbone has none (BEiT); where the objective
-    has no head it stays the pre-trained one. softcap: of the encoder's attention; BEiT and EVA02 never get one.
-    """
+    has no head it stays the pre-trained one. softcap: of the encoder's attention; BEiT and EVA02 never get one."""
     config = replace(teacher.config, softcap=softcap if teacher.config.family == "vit" else None)
     if objective.head:
         config = replace(config, final_norm=1e-5)

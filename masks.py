@@ -23,8 +23,7 @@ def uniform(batch: int, patches: int, generator: Random = None) -> Tensor:
     """The paper's choice: the number of visible patches is uniform on {0, ..., N}, and the set uniform given its size.
 
     p(m) = 1 / (C(N, |m|) (N + 1)). Of N + 1 uniform random numbers u_0, ..., u_N, patch i is visible if u_i > u_0: the
-    rank of u_0 is uniform, and so is the set of those above it.
-    """
+    rank of u_0 is uniform, and so is the set of those above it."""
     u = rand(batch, patches + 1, generator)
     return (u[:, 1:] > u[:, :1]).float()
 
@@ -39,8 +38,7 @@ def block(batch: int, grid: int, visible: float = 0.4, generator: Random = None)
 
     With A = max(2, int(visible * N)), a rectangle's area is an integer in [min(16, A), A), its aspect ratio uniform in
     [0.3, 1/0.3]; its sides are cut to the grid. What 1,000 rectangles leave hidden is revealed row by row. grid:
-    patches along each side.
-    """
+    patches along each side."""
     if not 0 < visible <= 1:
         raise ValueError(f"visible is {visible}; a block mask needs a fraction in (0, 1]")
     masks, wanted = torch.zeros(batch, grid**2), visible * grid**2

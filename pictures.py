@@ -47,8 +47,7 @@ def grid(rows: Sequence[Sequence[Image.Image | np.ndarray]], titles: Sequence[st
 def token_colors(before: torch.Tensor, after: torch.Tensor, grid: int) -> np.ndarray:
     """Patch tokens [B, N, D] of two models as colors, uint8 [2, B, grid, grid, 3].
 
-    The colors are the three principal components of all tokens together, so equal colors mean the same in both.
-    """
+    The colors are the three principal components of all tokens together, so equal colors mean the same in both."""
     tokens = torch.stack([before, after]).float().cpu()
     tokens = tokens - tokens.mean((1, 2), keepdim=True)  # each model around its own mean
     flat = tokens.flatten(0, 2).double()
@@ -145,8 +144,7 @@ def radar(axes: Sequence[str], series: dict[str, Sequence[float]], reach: float,
           faint: Sequence[str] = ()) -> Image.Image:
     """Named series of one value for each axis, from -reach in the middle to reach at the rim; a ring at each integer.
 
-    The first line of an axis's text is its name; further lines stand below it in gray, and all of those in `faint`.
-    """
+    The first line of an axis's text is its name; further lines stand below it in gray, and all of those in `faint`."""
     fine = 3  # drawn three times as large, then averaged, for smooth lines
     radius, row = fine * radius, fine * radius / 9  # row: the height of a line of text
     large, small = ImageFont.load_default(radius / 13), ImageFont.load_default(radius / 16)

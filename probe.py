@@ -143,8 +143,7 @@ class TransformerHead(nn.Module):
     Local task: the outputs at the patches are classified; global: the mean output of the prefix (or of all tokens).
     The interventions (figure 9, right) hide where a token stands: with `cls-only` the head sees the class token (or the
     mean token) alone, with `anonymous` all tokens without positions. N learned latent tokens, which know their places,
-    are added and make the predictions.
-    """
+    are added and make the predictions."""
 
     def __init__(self, config: vit.ViTConfig, classes: int, task: str, intervention: str = "none"):
         super().__init__()
@@ -287,8 +286,7 @@ def leakage(backbone: vit.ViT, labels: data.PatchLabels, o: Namespace) -> dict[s
 
     In each image a random block of patches, a quarter to half of the grid a side, is replaced by the same block of the
     next image. `leakage` is the mean squared change of the features at patches outside the block over that inside, with
-    the same weight for each image; `leakage_near`: at patches that touch the block, `leakage_far`: at those beyond.
-    """
+    the same weight for each image; `leakage_near`: at patches that touch the block, `leakage_far`: at those beyond."""
     config, device, changes = backbone.config, next(backbone.parameters()).device, []
     parts, border = chunks(len(labels)), config.image_size - config.grid * config.patch_size
     bar = progress(parts, "leakage")
@@ -325,8 +323,7 @@ def train(head: nn.Module, probe: Probe, parts: dict, o: Namespace, autocast: to
     """Train a head. parts: "train" and "val" -> (labels, read). ValueError: the loss is not finite.
 
     Returns the metrics of all "epochs" and of the "best" one by macro recall, and for the picture "maps": which classes
-    that one predicts for the patches of the validation images "shown".
-    """
+    that one predicts for the patches of the validation images "shown"."""
     (train_labels, read), (labels, _), (task, *_, seed) = parts["train"], parts["val"], probe
     name, per_epoch, images = f"{folder.parent.name}: {title(*probe)}", len(train_labels) // o.batch, range(len(labels))
     if not per_epoch:

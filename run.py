@@ -33,8 +33,7 @@ from tqdm import tqdm
 def setup(timeout: timedelta = timedelta(hours=2)) -> tuple[int, int, torch.device]:
     """This process's rank, the number of processes, and its device.
 
-    timeout: how long the processes wait for each other, at the longest while the first one lists millions of files.
-    """
+    timeout: how long the processes wait for each other, at the longest while the first one lists millions of files."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -180,8 +179,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
           free: Sequence[str]) -> tuple[argparse.Namespace, dict | None]:
     """The options and, with --resume, the newest checkpoint, whose own options are the defaults then.
 
-    free: the options that a resumed run may change; another value for any other option is refused (exit status 2).
-    """
+    free: the options that a resumed run may change; another value for any other option is refused (exit status 2)."""
     o = parser.parse_args(argv)
     if not o.resume:
         return o, None

@@ -423,8 +423,7 @@ def load(path: str | Path, config: str | ViTConfig | None = None) -> ViT:
     """The backbone in a file of ours (an aligned model gives its encoder) or of timm, on the CPU, float32, eval mode.
 
     config: a name of BACKBONES or a ViTConfig, to whose image size positions are resampled. A file of ours carries its
-        own config: None is enough, a name is checked, a ViTConfig sets the image size. ValueError: what is wrong.
-    """
+        own config: None is enough, a name is checked, a ViTConfig sets the image size. ValueError: what is wrong."""
     named = isinstance(config, str)
     if named and config not in BACKBONES:
         raise ValueError(f"{config}: no such backbone; the known ones are {', '.join(BACKBONES)}")

@@ -76,8 +76,7 @@ def encode(tokenizer: Tokenizer, template: Template, conversation: Conversation,
 
     "<image>" is removed from each message, which is then stripped. The pieces that the template makes of them are
     tokenized one by one, so an answer starts with its own word-initial token. Both lists are cut to `max_text` ids.
-    ValueError: the turns do not alternate, human first.
-    """
+    ValueError: the turns do not alternate, human first."""
     ids, labels = [tokenizer.bos], [IGNORE]
     for turn, message in enumerate(conversation):
         answer = turn % 2 == 1
@@ -281,8 +280,7 @@ class VLM(nn.Module):
         """Embeddings [B, S, E] of <s>, M places for an image, and the text; and their mask [B, S].
 
         ids, mask: [B, T], <s> in the first column. tokens: [B', M, E], the image tokens of the samples `rows` (see
-        `forward`). The other samples have padding in these places.
-        """
+        `forward`). The other samples have padding in these places."""
         x, B, M = self.language.embed(ids), len(ids), self.config.image_tokens
         rows = torch.arange(B, device=ids.device) if rows is None else rows
         image = x.new_zeros(B, M, x.shape[-1]).index_copy(0, rows, tokens.to(x.dtype))
@@ -293,8 +291,7 @@ class VLM(nn.Module):
 
         ids, labels: [B, T], padded on the right; labels of -100 do not count.
         images: pixels, uint8 [B', 3, H, W], or their features; None: the batch has no image.
-        rows: [B'], the samples that the images belong to, in the order of the images; None: all B, in order.
-        """
+        rows: [B'], the samples that the images belong to, in the order of the images; None: all B, in order."""
         if images is None:  # an empty image at weight 0: each parameter has a gradient, processes communicate alike
             size = self.config.vision.image_size
             nothing = self.encode_images(ids.new_zeros(1, 3, size, size, dtype=torch.uint8))
@@ -308,8 +305,7 @@ class VLM(nn.Module):
     def read(self, images: Images, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
         """Embeddings [B, S, E] of prompts with their images, padded on the left, and their mask [B, S].
 
-        An image that several prompts share (the same object) is encoded once.
-        """
+        An image that several prompts share (the same object) is encoded once."""
         images = list(images)  # one look at each: a sequence that opens its files would give new objects the next time
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images for {len(prompts)} prompts; give one image, or None, for each")
@@ -341,8 +337,7 @@ class VLM(nn.Module):
         """Answers to B prompts of any lengths, stripped. In float32 each answer is the one that the prompt gets alone.
 
         temperature: 0 takes the most likely token; otherwise tokens are sampled with the generator.
-        ValueError: not one image (or None) for each prompt; a prompt longer than the context; an unreadable image.
-        """
+        ValueError: not one image (or None) for each prompt; a prompt longer than the context; an unreadable image."""
         embeds, mask = self.read(images, prompts)
         options = dict(max_new_tokens=max_new_tokens, temperature=temperature, generator=generator)
         texts = self.language.generate(embeds=embeds, mask=mask, stop=self.tokenizer.eos, **options)
@@ -367,8 +362,7 @@ class VLM(nn.Module):
         """The probabilities of each prompt's choices, which sum to 1.
 
         A choice's probability is that of its first token as the next token, renormalized over the choices. Arguments
-        and errors: see `generate` and `first_tokens`.
-        """
+        and errors: see `generate` and `first_tokens`."""
         firsts = [self.first_tokens(options) for options in choices]
         embeds, mask = self.read(images, prompts)
         last = torch.full((len(prompts), 1), embeds.shape[1] - 1, device=embeds.device)
@@ -414,8 +408,7 @@ def build(vision: ViT | Student, language: Llama, tokenizer: Tokenizer, adapter:
     vision: an aligned model (`maskembed.load`), or a plain backbone as a baseline (`vit.load`). Its frozen part and the
         language model become parts of the VLM, uncopied; the adapter copies what it starts from.
     second: the second backbone of `fused-mlp` (DINOv2 in the paper). ValueError: the parts do not fit together.
-    max_text: lowered to what an image leaves of the language model's context.
-    """
+    max_text: lowered to what an image leaves of the language model's context."""
     aligned = isinstance(vision, Student)
     backbone = vision.encoder if aligned else vision
     if adapter == "decoder" and not (aligned and isinstance(vision.decoder, maskembed.Decoder)):
@@ -445,8 +438,7 @@ def save(model: VLM, folder: str | Path, state: dict[str, Tensor] | None = None)
 
     All three are complete in a hidden folder before the first is moved into place.
     state: the parameters by name, where the model's own are sharded over processes.
-    ValueError: the folder holds something else. OSError: it cannot be written.
-    """
+    ValueError: the folder holds something else. OSError: it cannot be written."""
     folder, own = Path(folder), dict(model.named_parameters())  # a tied layer once
     if (folder / "config.json").exists():
         read_config(folder)

@@ -11,11 +11,12 @@ import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from locality import OUT as LOCALITY
-from locality import ROOT, backbone, error
+from locality import ROOT, backbone, command, error
 
 sys.path.insert(0, str(ROOT))
 import eval as evaluation
@@ -30,16 +31,17 @@ PAIRS = {  # baseline, aligned
 KINDS = [name for name in evaluation.BENCHMARKS if name.startswith("scenes-")]
 
 
-def train_and_ask(variant: str, seed: int) -> None:
-    """Train a model, and ask it about the unseen scenes of the same seed."""
+def train_and_ask(job: tuple[str, int]) -> None:
+    """Train a model of a variant and a seed on one core, and ask it about the unseen scenes of the same seed."""
+    variant, seed = job
     out, scenes = OUT / f"{variant}-{seed}", LOCALITY / f"scenes-{seed}"
     weights = backbone("teacher" if variant.startswith("baseline") else "maskembed", seed)
     if not (out / "model/config.json").exists():
         flags = f"--variant {variant} --weights {weights} --data {scenes}/conversations.json --seed {seed} --out {out}"
-        resume = ["--resume"] * any(out.glob("checkpoints/update-*"))
-        subprocess.run([sys.executable, ROOT / "train_vlm.py", *flags.split(), *resume], check=True)
+        flags += " --workers 0" + " --resume" * any(out.glob("checkpoints/update-*"))
+        command(OUT / f"logs/train-{variant}-{seed}.txt", ROOT / "train_vlm.py", *flags.split())
     flags = f"{out} --data {scenes} --benchmarks {','.join(KINDS)} --out {out}/eval"
-    subprocess.run([sys.executable, ROOT / "eval.py", *flags.split()], check=True)
+    command(OUT / f"logs/eval-{variant}-{seed}.txt", ROOT / "eval.py", *flags.split())
 
 
 def scores(variant: str, seeds: list[int]) -> dict[str, np.ndarray]:
@@ -96,9 +98,9 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     o = parser.parse_args()
     seeds = list(range(1, o.seeds + 1))
-    for seed in seeds:
-        for variant in (variant for pair in o.pairs for variant in PAIRS[pair]):
-            train_and_ask(variant, seed)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [(variant, seed) for pair in o.pairs for seed in seeds for variant in PAIRS[pair]]
+        list(pool.map(train_and_ask, jobs))
     (OUT / "results.json").write_text(json.dumps({
         variant: {title: values.tolist() for title, values in scores(variant, seeds).items()}
         for pair in o.pairs for variant in PAIRS[pair]

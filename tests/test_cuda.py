@@ -4,9 +4,11 @@ Each test prints the fast path that it ran (`python -m pytest tests/test_cuda.py
 Where float32 is compared with the CPU, TF32 is off; the commands have it on, so their losses agree less closely.
 """
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from PIL import Image
 
 import llama
 import maskembed
+import train_align
 import vit
 import vlm
 from conftest import ROOT, launch, losses
@@ -84,6 +87,32 @@ def test_backbone(name: str):
         expected = model(images)
         assert error(model.cuda()(images.cuda()), expected) < 1e-4
     print(f"ran: {name} by {'FlexAttention' if config.softcap else 'scaled_dot_product_attention'}")
+
+
+def test_an_older_gpu_runs_the_formula(monkeypatch):
+    """Below compute capability 8 bf16 is emulated, and FlexAttention's kernels cannot be counted on."""
+    q, k, v = torch.randn(3, 1, 2, 9, 8, device="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7))
+    monkeypatch.setattr(vit, "flex_softcap", None)
+    assert error(vit.attention(q, k, v, 2.0), formula(q, k, v, 2.0)) < 1e-5
+
+
+def test_an_update_waits_for_nothing():
+    """From pixels to gradients the host never waits for the GPU."""
+    config = vit.ViTConfig(image_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=2)
+    torch.manual_seed(0)
+    teacher = vit.ViT(config).cuda()
+    student, options = maskembed.make_student(teacher).cuda(), argparse.Namespace(masks="uniform", views="3")
+    pixels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device="cuda")
+    for mode in ("default", "error"):  # the first time, kernels and constants are made
+        torch.cuda.set_sync_debug_mode(mode)
+        m = train_align.draw_masks(options, config.grid, 0, 0, range(4)).pin_memory().to("cuda", non_blocking=True)
+        x = vit.normalize(pixels, config)
+        with torch.autocast("cuda", torch.bfloat16):
+            target = maskembed.teacher_targets(teacher, x, m)
+            loss = maskembed.reconstruction_loss(student(x, m), target, m)
+        loss.backward()
+    torch.cuda.set_sync_debug_mode("default")
 
 
 def align(weights: Path, scenes: Path, out: Path, *more: object, **how: object) -> list[float]:
