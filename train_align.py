@@ -168,21 +168,21 @@ def validate(o: argparse.Namespace, rank: int, world: int, log: run.Log, teacher
              images: Subset, scale: float | None = None) -> float:
     """The mean loss on masks that are the same every time; without `scale`, the constant that scales the targets."""
     device, config, mine = next(student.parameters()).device, teacher.config, range(rank, len(images), world)
-    fixed = draw_masks(o, config.grid, 0, 2**40, mine).unflatten(0, (len(mine), -1))  # [images here, V, N]
-    fixed, how = fixed.split(o.micro_batch), {"num_workers": o.workers, "worker_init_fn": run.ignore_signals}
-    loader = DataLoader(Subset(images, mine), o.micro_batch, collate_fn=data.collate, **how)
+    how = {"num_workers": o.workers, "collate_fn": data.collate, "worker_init_fn": run.ignore_signals}
+    loader, step = DataLoader(Subset(images, mine), o.micro_batch, **how), o.micro_batch * world
     measure, total, bad = maskembed.TargetScale(), 0.0, 0
-    for (pixels, names), m in zip(loader, fixed):
-        count, missing = m.shape[:2].numel(), o.micro_batch - len(m)  # the last batch is filled up: one shape
-        pixels, m = (torch.cat([part, part[:1].expand(missing, *part.shape[1:])]) for part in (pixels, m))
-        x, m = vit.normalize(pixels.to(device), config), m.flatten(0, 1).to(device)
+    for first, (pixels, names) in zip(range(rank, len(images), step), loader):
+        m = draw_masks(o, config.grid, 0, 2**40, range(first, first + step, world)).to(device)
+        here, count = len(pixels), len(m) // o.micro_batch * len(pixels)  # the last batch is filled up: one shape
+        pixels = torch.cat([pixels, pixels[:1].expand(o.micro_batch - here, -1, -1, -1)])
+        x = vit.normalize(pixels.to(device), config)
         with run.autocast(o.precision, device):
             target = maskembed.teacher_targets(teacher, x, m, o.target)[:count]
             if scale is None:
                 measure.add(target)
             else:
                 loss = maskembed.reconstruction_loss(student(x, m)[:count], target * scale, m[:count], o.loss)
-                total += loss.item() * (len(x) - missing)
+                total += loss.item() * here
         log.once("unreadable, replaced by another image", names)
         bad += len(names)
     total, bad, *measure.sums = run.all_sum(total, bad, *measure.sums)

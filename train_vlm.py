@@ -59,9 +59,10 @@ RECIPES: dict[str, dict[str, object]] = {
     "siglip-so400m-384": PAPER,
     "own": PAPER,
     "demo": PAPER | {
-        "variant": "aligned-mlp", "epochs": 6, "batch": 32, "lr": 1.5e-3, "cache_features": True,
+        "variant": "aligned-mlp", "epochs": 3, "updates": 1000, "batch": 32, "lr": 1.5e-3, "cache_features": True,
         "language": f"{HERE}/demo/language",
         "aligned": "runs/align/aligned.safetensors", "baseline": f"{HERE}/demo/teacher.safetensors",
+        "aligned scale": 1.05, "baseline scale": 0.37,
     },
 }  # fmt: skip
 MAX_NORM = 1.0  # gradient norm (table 7)
@@ -85,6 +86,7 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out, with its options")
     # the text
     add("--template", choices=vlm.TEMPLATES, default="llama", help="the text around questions and answers")
+    add("--feature-scale", type=rate, help="multiplies the backbone's features, to unit variance in the demo; default: 1")
     add("--max-text", type=run.number(2), default=2048, help="cut each conversation to this many tokens")
     # the numbers of training; the defaults are the recipe's
     add("--epochs", type=count, help="passes over the data")
@@ -111,6 +113,8 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
     adapter, aligned = VARIANTS[o.variant]
     kind = "aligned" if aligned else "baseline"
     o.weights = o.weights or RECIPES[o.recipe].get(kind)
+    if o.feature_scale is None:
+        o.feature_scale = RECIPES[o.recipe].get(f"{kind} scale", 1.0)
     if o.recipe != "demo" and not (o.weights and o.language and o.data):
         parser.error(f"--recipe {o.recipe} needs --weights (backbone: {kind}), --language (Llama's folder) and --data")
     if (adapter == "fused-mlp") != (o.second is not None):
@@ -152,7 +156,8 @@ def build_model(o: argparse.Namespace, empty: bool) -> vlm.VLM:
     else:
         language = llama.load(o.language)
     tokenizer = llama.Tokenizer(o.language, language.config.vocab_size)
-    model = vlm.build(vision, language, tokenizer, adapter, second, vlm.TEMPLATES[o.template], o.max_text)
+    model = vlm.build(vision, language, tokenizer, adapter, second, vlm.TEMPLATES[o.template], o.max_text,
+                      o.feature_scale)
     for part in (model.language, *model.adapter.modules()):
         if hasattr(part, "checkpointing"):
             part.checkpointing = o.checkpointing

@@ -211,6 +211,7 @@ class VLMConfig:
     decoder: dict[str, object] | None = None  # the options of the aligned model's decoder, for `decoder`
     template: Template = TEMPLATES["llama"]
     max_text: int = 2048  # ids of a sample in training; image tokens come on top
+    feature_scale: float = 1.0  # multiplies the vision features; 1 in the paper
 
     def __post_init__(self) -> None:
         first, second, context = self.vision, self.second, self.language.max_position_embeddings
@@ -269,7 +270,7 @@ class VLM(nn.Module):
         for backbone in (self.vision,) if self.second is None else (self.second, self.vision):
             x = backbone(vit.normalize(images, backbone.config).to(backbone.patch_embed.proj.weight.dtype))
             features.append(x if self.config.prefix else x[:, backbone.config.num_prefix :])  # of [B, P + N, D]
-        return torch.cat(features, -1)
+        return self.config.feature_scale * torch.cat(features, -1)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Pixels, uint8 [B, 3, H, W], or their `features` -> image tokens for the language model, [B, M, E]."""
@@ -402,7 +403,7 @@ def load_vision(path: str | Path, config: str | ViTConfig | None = None) -> ViT 
 
 
 def build(vision: ViT | Student, language: Llama, tokenizer: Tokenizer, adapter: str, second: ViT | None = None,
-          template: Template = TEMPLATES["llama"], max_text: int = 2048) -> VLM:
+          template: Template = TEMPLATES["llama"], max_text: int = 2048, feature_scale: float = 1.0) -> VLM:
     """A model of pre-trained parts, with the adapter as it is before training.
 
     vision: an aligned model (`maskembed.load`), or a plain backbone as a baseline (`vit.load`). Its frozen part and the
@@ -419,7 +420,7 @@ def build(vision: ViT | Student, language: Llama, tokenizer: Tokenizer, adapter:
                        vision.decoder.options if adapter == "decoder" else None, template)
     room = language.config.max_position_embeddings - config.image_tokens
     with torch.device("meta"):  # no memory and no time for values that are replaced
-        model = VLM(replace(config, max_text=min(max_text, room)), tokenizer)
+        model = VLM(replace(config, max_text=min(max_text, room), feature_scale=feature_scale), tokenizer)
     for ours, theirs in ((model.vision, backbone), (model.second, second)):
         if ours is not None:
             state = theirs.state_dict()
