@@ -382,15 +382,11 @@ def add_tokenizer(folder: Path, file: Path) -> list[str]:
     tokenizer, config = llama.Tokenizer(file), llama.read_json(folder / "config.json")
     config |= dict(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    pieces = tokenizer.pieces
-    bos, eos = map(pieces.id_to_piece, (tokenizer.bos, tokenizer.eos))
+    bos, eos = map(tokenizer.pieces.id_to_piece, (tokenizer.bos, tokenizer.eos))
     about = dict(tokenizer_class="LlamaTokenizer", bos_token=bos, eos_token=eos, add_bos_token=True, legacy=True)
     (folder / "tokenizer_config.json").write_text(json.dumps(about | dict(add_eos_token=False), indent=2))
-    plain = [i for i in range(len(pieces)) if not (pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i))]
-    notes = ["In transformers, <s> and </s> inside a text are special, and one space before a text is lost."]
-    if sum(pieces.get_score(i) == 0 for i in plain) > 1:  # the first merge has the score 0, too
-        notes.append("Encode with llama.Tokenizer: transformers ignores the tokenizer's user-defined symbols.")
-    return notes
+    return ["In transformers, <s> and </s> inside a text are special, one space before a text is lost, and so are the "
+            "symbols that a tokenizer defines beside its words (as the demo's does): encode with llama.Tokenizer."]
 
 
 def export_language(folder: str | Path, target: str | Path, layout: str) -> list[str]:
@@ -413,8 +409,8 @@ def convert_conversations(source: str | Path, target: str | Path) -> str:
     rows = []
     for number, row in enumerate(data.read_json(source, lines=None), 1):
         if isinstance(row, dict) and {"image_id", "question", "answer"} <= row.keys():
-            turns = [("human", f"<image>\n{row['question']}"), ("gpt", row["answer"])]
-            turns = [{"from": who, "value": str(text)} for who, text in turns]
+            turns = {"human": f"<image>\n{row['question']}", "gpt": str(row["answer"])}
+            turns = [{"from": who, "value": text} for who, text in turns.items()]
             row = {"id": f"lrv-{number}", "image": f"{row['image_id']}.jpg", "conversations": turns}
         if what := data.fault(row):
             raise ValueError(f"{source}, row {number}: is neither LRV-Instruct's nor LVIS-Instruct-4V's ({what})")

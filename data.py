@@ -52,9 +52,9 @@ def check_unreadable(bad: int, seen: int, what: str = "images", example: str = "
 def read_text(path: Path) -> str:
     """A text file as people save it: UTF-8 or UTF-16, with a byte order mark or not. What is no text becomes U+FFFD."""
     with open(path, "rb") as file:
-        wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
-    with open(path, encoding="utf-16" if wide else "utf-8-sig", errors="replace") as file:
-        return file.read()
+        text = file.read()
+    wide = text[:2] in (b"\xff\xfe", b"\xfe\xff")
+    return text.decode("utf-16" if wide else "utf-8-sig", "replace").replace("\r\n", "\n")
 
 
 def read_json(path: Path, lines: bool | None = False) -> Any:

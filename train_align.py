@@ -6,8 +6,7 @@
     python train_align.py ... --resume                                          # continue exactly, on any GPUs
 
 Writes to --out: aligned.safetensors (encoder, head, decoder), log.jsonl, pictures/, checkpoints/. What an update sees
-depends on the seed and its number alone: samples and masks are drawn for the global batch and sliced by rank and
-micro-batch, so in float32 any number of processes trains the same model, up to rounding.
+depends on the seed and its number alone, so in float32 any number of processes trains the same model, up to rounding.
 """
 
 import argparse
@@ -48,8 +47,7 @@ def recipe(name: str, in1k: bool) -> dict[str, object]:
     large = name in vit.BACKBONES and vit.BACKBONES[name].embed_dim > 768
     epochs = (50 if name in ("moco-vit-b", "mae-vit-b", "dino-vit-b") else 25) if in1k else 5
     numbers = {"epochs": epochs, "batch": 1024, "lr": 2e-4 if large else 3e-4, "warmup_epochs": 1.0 if in1k else 0.0}
-    fits = {"clip-vit-l-336": 32, "siglip-so400m-384": 16}.get(name, 64)  # in 80 GB
-    return numbers | {"val_images": 10000, "micro_batch": fits}
+    return numbers | {"val_images": 10000, "micro_batch": {"clip-vit-l-336": 32, "siglip-so400m-384": 16}.get(name, 64)}
 
 
 def flags() -> argparse.ArgumentParser:

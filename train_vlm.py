@@ -86,7 +86,7 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out, with its options")
     # the text
     add("--template", choices=vlm.TEMPLATES, default="llama", help="the text around questions and answers")
-    add("--feature-scale", type=rate, help="multiplies the backbone's features, to unit variance in the demo; default: 1")
+    add("--feature-scale", type=rate, help="multiplies the features, in the demo to unit variance; default: 1")
     add("--max-text", type=run.number(2), default=2048, help="cut each conversation to this many tokens")
     # the numbers of training; the defaults are the recipe's
     add("--epochs", type=count, help="passes over the data")

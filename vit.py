@@ -398,25 +398,20 @@ def upright(image: Image.Image) -> Image.Image:
 
 def normalize(images: Tensor, config: ViTConfig) -> Tensor:
     """uint8 [..., 3, H, W] -> float32, minus the mean, divided by the standard deviation."""
-    mean, std = constants(config.mean, config.std, images.device)
-    return (images.float() / 255 - mean) / std
+    return (images.float() / 255 - constant(config.mean, images.device)) / constant(config.std, images.device)
 
 
 @functools.cache
-def constants(*rows: tuple[float, ...] | torch.device) -> list[Tensor]:
-    """Channels' values as tensors [3, 1, 1] on a device, moved there once."""
-    *rows, device = rows
-    return [torch.tensor(row, device=device).view(3, 1, 1) for row in rows]
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The channels' values [3, 1, 1], moved to a device once."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-LEFT_OUT = {  # not needed for token features: heads, pooling, buffers, MAE's decoder
-    "head", "fc_norm", "attn_pool", "mask_token", "relative_position_index",
-    "decoder_embed", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred",
-}  # fmt: skip
-PICKLES = (".bin", ".pt", ".pth", ".tar")
-NESTED = ("state_dict", "model", "teacher", "student")  # where checkpoints keep weights; of two models, DINO's teacher
+LEFT_OUT = set(  # not needed for token features: heads, pooling, buffers, MAE's decoder
+    "head fc_norm attn_pool mask_token relative_position_index decoder_embed decoder_pos_embed decoder_blocks "
+    "decoder_norm decoder_pred".split())
 
 
 def load(path: str | Path, config: str | ViTConfig | None = None) -> ViT:
@@ -456,22 +451,23 @@ def load(path: str | Path, config: str | ViTConfig | None = None) -> ViT:
 def confirm(path: str | Path, config: ViTConfig) -> ViTConfig:
     """What the config.json of timm or transformers beside a weight file says of it: the activation is taken from there.
     ValueError: it is another kind of model. A lone file is what it is said to be."""
-    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path).with_name("config.json")
-    about = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
-    act, theirs, kinds = config.act, about.get("architecture") or about.get("model_type"), {None}
+    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
+    about, act = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}, config.act
     if "architecture" in about and config.source.startswith("timm/"):  # timm's; the size in its name may be another
-        theirs, ours = (re.sub(r"_quickgelu|_\d+$", "", name.split(".")[0]) for name in (theirs, config.source[5:]))
-        act, kinds = "quick_gelu" if "quickgelu" in about["architecture"] else act, {ours}
-    elif "model_type" in about:
-        vision = about.get("vision_config", about)
-        theirs = theirs.removesuffix("_vision_model")
-        kind = (not config.class_token and "siglip" or config.pre_norm and "clip" or config.family == "beit" and "beit"
-                or config.registers and "dinov2_with_registers" or config.layer_scale and "dinov2")  # fmt: skip
-        kinds = {kind} if kind else {"vit", "vit_mae", "vit_msn"}
-        known = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}.get(theirs, "gelu")  # where it does not say
-        act = vision.get("hidden_act", known).replace("_pytorch", "").replace("gelu_new", "gelu_tanh")
-    if kinds != {None} and theirs not in kinds:
-        raise ValueError(f"{file}: says that {Path(path).name} is a {theirs}, not a {min(kinds)}; name what it is")
+        names = about["architecture"], config.source[5:].split(".")[0]
+        theirs, *kinds = (re.sub(r"_quickgelu|_\d+$", "", name) for name in names)
+        act = "quick_gelu" if "quickgelu" in names[0] else act
+    elif "model_type" in about:  # transformers'
+        theirs, vision = about["model_type"].removesuffix("_vision_model"), about.get("vision_config", about)
+        traits = {"siglip": not config.class_token, "clip": config.pre_norm, "beit": config.family == "beit",
+                  "dinov2_with_registers": config.registers, "dinov2": config.layer_scale, "vit": True}  # fmt: skip
+        kinds = [next(kind for kind, applies in traits.items() if applies)]
+        usual = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}.get(theirs, "gelu")  # where it does not say
+        act = vision.get("hidden_act", usual).replace("_pytorch", "").replace("gelu_new", "gelu_tanh")
+    else:
+        return config
+    if theirs.removesuffix("_mae") not in kinds:
+        raise ValueError(f"{file}: says that {Path(path).name} is a {theirs}, not a {kinds[0]}; name what it is")
     if act != config.act:
         print(f"{path}: its activation is {act}, as config.json says", file=sys.stderr)
     return replace(config, act=act)
@@ -543,7 +539,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts save their options, too
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             metadata = state.get("metadata", {})  # of our own checkpoints
-            for key in NESTED:
+            for key in ("state_dict", "model", "teacher", "student"):  # of two models, DINO's teacher
                 state = state[key] if isinstance(state.get(key), dict) else state
             tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     except Exception as error:  # a damaged file can fail in any way
@@ -559,12 +555,12 @@ def find_weights(path: Path) -> Path:
     """A file itself; of a folder, the one .safetensors file, or else the one pickle in it."""
     if not path.is_dir():
         return path
-    kinds = [sorted(path.glob("[!.]*.safetensors")), sorted(f for f in path.glob("[!.]*") if f.suffix in PICKLES)]
+    kinds = [(".safetensors",), (".bin", ".pt", ".pth", ".tar")]
+    kinds = [sorted(f for f in path.glob("[!.]*") if f.suffix in kind) for kind in kinds]
     found = next(filter(None, kinds), [])
-    if len(found) != 1:
-        names = f": {', '.join(file.name for file in found)}" if found else ""
-        raise ValueError(f"{path}: holds {len(found)} weight files{names}; name one file")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    raise ValueError(f"{path}: give one of the weight files in it: {', '.join(file.name for file in found) or 'none'}")
 
 
 def save(model: ViT, path: str | Path) -> None:

@@ -356,9 +356,9 @@ def test_weights_in_a_folder_and_not_a_number(tmp_path):
     (folder / "._model.safetensors").write_bytes(b"Mac OS X")
     assert same(vit.load(folder), model)
     vit.save(model, folder / "other.safetensors")
-    assert "holds 2 weight files: model.safetensors, other.safetensors; name one" in refusal(vit.load, folder)
+    assert "give one of the weight files in it: model.safetensors, other.safetensors" in refusal(vit.load, folder)
     (tmp_path / "empty").mkdir()
-    assert "holds 0 weight files; name one" in refusal(vit.load, tmp_path / "empty")
+    assert "weight files in it: none" in refusal(vit.load, tmp_path / "empty")
     for value in (math.nan, math.inf):
         model.blocks[1].mlp.fc1.bias.data[3] = value
         vit.save(model, folder / "other.safetensors")
