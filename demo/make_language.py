@@ -1,11 +1,11 @@
 """Make the demo's language model: a small Llama that has read about scenes and never seen one, and its tokenizer.
 
-    python demo/make_language.py FOLDER                           # half an hour of one core; demo/language is its result
+    python demo/make_language.py FOLDER                           # half an hour of one core; wrote demo/language
 
 As Llama was trained on text before it met images, so is this one. Where an image's tokens will stand, each of the 64
-patches is told in words: its embedding is the sum of those of the color and the shape that are there, and of a vector for
-the place. Questions and answers follow. So the model learns what the questions mean, and to look things up, before the
-first image. The folder receives config.json, model.safetensors and tokenizer.model, for train_vlm.py --language.
+patches is told in words: its embedding is the sum of those of the color and the shape that are there, and of a vector
+for the place. Questions and answers follow. So the model learns what the questions mean, and to look things up, before
+the first image. The folder receives config.json, model.safetensors and tokenizer.model, for train_vlm.py --language.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def train_tokenizer(told: list[Told]) -> bytes:
     """A sentencepiece model of Llama's kind: BPE, and bytes for what it does not know.
 
     Each word is a symbol, with the space before it ("▁red"). So is whatever stands between two names or numbers
-    ("▁In:▁What▁color▁is▁the"), which makes a conversation a third as long, and each side of a box, with the punctuation
+    ("▁In:▁What▁color▁is▁the"), which makes a conversation a third as long, and each side of a box, with what stands
     before it ("▁[0.25", ",▁0.50"). Outside of these, the texts hold `letters` alone.
     """
     rows = [scenes.conversation([pair for _, *pair in asked]) for _, asked in told]
@@ -110,7 +110,8 @@ def encode(tokenizer: llama.Tokenizer, told: Told) -> tuple[list[int], list[int]
 def embed(model: llama.Llama, examples: list, places: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings [B, S, E] of <s>, the patches and the conversations, and labels [B, S]. places: [N, E]."""
     ids, mask = llama.Tokenizer.pad([ids for ids, *_ in examples], left=False)
-    labels = llama.Tokenizer.pad([labels for _, labels, _ in examples], left=False)[0].masked_fill(mask == 0, llama.IGNORE)
+    labels, _ = llama.Tokenizer.pad([labels for _, labels, _ in examples], left=False)
+    labels = labels.masked_fill(mask == 0, llama.IGNORE)
     patches = model.embed(torch.tensor([words for *_, words in examples])).sum(2) * 0.5**0.5 + places  # [B, N, E]
     blank = labels.new_full((len(ids), len(places)), llama.IGNORE)
     return vlm.insert(model.embed(ids), patches), vlm.insert(labels, blank)

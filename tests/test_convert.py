@@ -307,7 +307,7 @@ def test_errors_of_the_command(tmp_path):
     ours, out = str(tmp_path / "ours.safetensors"), str(tmp_path / "out.safetensors")
     for argv, message in (
         (["info", "none.safetensors"], "none.safetensors: cannot be read"),
-        (["vit", "clip-vit-b", str(tmp_path / "llama.safetensors"), out], "its first tensor, model.layers.0.weight, is in no"),
+        (["vit", "clip-vit-b", str(tmp_path / "llama.safetensors"), out], "first tensor, model.layers.0.weight, is in no"),
         (["vit", "in1k-vit-b", str(tmp_path / "vit.safetensors"), out], "is missing)"),
         (["vit", "clip-vit-b", ours, out], "its patch_size is 8, not 16"),
         (["vit", "clip-vit-b", ours, out, "--image-size", "9"], "--image-size 9: "),
@@ -320,7 +320,8 @@ def test_errors_of_the_command(tmp_path):
 
 
 def test_conversations_of_lrv_and_lvis(tmp_path):
-    lvis = {"id": 1, "image": "coco/1.jpg", "conversations": [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]}
+    lvis = {"id": 1, "image": "coco/1.jpg", "conversations": [{"from": "human", "value": "<image>\nQ"}]}
+    lvis["conversations"].append({"from": "gpt", "value": "A"})
     lrv = {"image_id": "2366", "question": "What?", "answer": "A ring."}
     (tmp_path / "a.json").write_text(json.dumps([lvis, lrv]), encoding="utf-8-sig")
     convert.main(["conversations", str(tmp_path / "a.json"), str(tmp_path / "b.json")])

@@ -266,7 +266,7 @@ def test_usage_errors_exit_with_2(argv: str, text: str, capsys):
     assert caught.value.code == 2 and text in capsys.readouterr().err
 
 
-def test_imagenets_layout_and_a_checkpoint_as_weights(base: list[str], tiny_weights: Path, scenes: Path, tmp_path: Path, capsys):
+def test_imagenets_layout_and_a_checkpoint_as_weights(base: list[str], scenes: Path, tmp_path: Path, capsys):
     """train/ and val/ are these two, whatever else lies beside them; a checkpoint is a file with an aligned model."""
     for part, source in (("train", "train"), ("val", "val"), ("test", "test")):
         shutil.copytree(scenes / "images" / source, tmp_path / "in1k" / part)

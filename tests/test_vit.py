@@ -322,7 +322,7 @@ BESIDE = {  # what lies beside a weight file: the row asked for, config.json -> 
     "LAION's CLIP": ("clip-vit-b", {"model_type": "clip", "vision_config": {"hidden_act": "gelu"}}, "gelu"),
     "timm's CLIP": ("clip-vit-b", {"architecture": "vit_base_patch16_clip_224"}, "quick_gelu"),
     "timm's QuickGELU": ("openclip-vit-b", {"architecture": "vit_base_patch16_clip_quickgelu_384"}, "quick_gelu"),
-    "Perception Encoder": ("clip-vit-b", {"architecture": "vit_pe_core_base_patch16_224"}, "is a vit_pe_core_base_patch16"),
+    "Perception Encoder": ("clip-vit-b", {"architecture": "vit_pe_core_base_patch16_224"}, "is a vit_pe_core_base"),
     "DINOv2": ("in1k-vit-b", {"model_type": "dinov2"}, "is a dinov2, not a vit"),
     "a VLM": ("clip-vit-b", {"adapter": "mlp"}, "quick_gelu"),
 }
@@ -371,3 +371,10 @@ def test_a_strip_is_its_middle():
     strip[:, 9990:10011] = 200
     for image in (strip, strip.transpose(1, 0, 2)):
         assert (np.asarray(vit.fit(Image.fromarray(image), config)) == 200).all()
+
+
+def test_rotary_positions_stay_in_float32():
+    x, positions = torch.randn(1, 2, 17, 8).bfloat16(), vit.rotary_positions(4, 8, torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        turned = vit.rotate(x, positions)
+    assert turned.dtype == torch.bfloat16 and torch.equal(turned, vit.rotate(x.float(), positions).bfloat16())
