@@ -191,7 +191,7 @@ def open_image(path: Path, convert: Callable[[Image.Image], Image.Image] = uprig
             image.info = {}  # so that nobody turns it again
             return image
     except Exception as error:  # Pillow raises nearly every kind for damaged files
-        raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__})") from None
 
 
 def resized_crop(image: Image.Image, size: int, scale: tuple[float, float], resample: int) -> Image.Image:
