@@ -189,8 +189,8 @@ def export_vit(source: str | Path, target: str | Path, layout: str) -> list[str]
     if config.final_norm not in (None, config.norm_eps):
         notes.append(f"Set the final norm's eps to {config.final_norm:g}: {layout} gives it {config.norm_eps:g}.")
     if layout == "timm":
-        if config.act == "quick_gelu":
-            notes.append("Create a *_clip_quickgelu_* model: timm's *_clip_* models have another GELU.")
+        if config.act != "gelu":
+            notes.append(f"Create timm's model with act_layer='{config.act}'.")
         if config.family == "beit" and config.final_norm is None:
             state |= unit_norm("fc_norm", config)
         elif config.family == "beit" or not config.class_token:
@@ -204,10 +204,9 @@ def export_vit(source: str | Path, target: str | Path, layout: str) -> list[str]
         vit.save_tensors(state, folder / "model.safetensors", {})
         (folder / "config.json").write_text(json.dumps(description, indent=2))
         steps = dict.fromkeys("do_convert_rgb do_resize do_center_crop do_rescale do_normalize".split(), True)
-        processor = dict(image_processor_type="CLIPImageProcessor", crop_size=config.image_size, resample=3, **steps)
-        processor |= dict(image_mean=config.mean, image_std=config.std)  # this is `vit.preprocess`
-        processor |= dict(size={"shortest_edge": int(config.image_size / config.crop_pct)})
-        (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
+        sizes = dict(size={"shortest_edge": int(config.image_size / config.crop_pct)}, crop_size=config.image_size)
+        norm = dict(image_processor_type="CLIPImageProcessor", resample=3, image_mean=config.mean, image_std=config.std)
+        (folder / "preprocessor_config.json").write_text(json.dumps(norm | sizes | steps, indent=2))
     return notes
 
 
@@ -385,8 +384,8 @@ def add_tokenizer(folder: Path, file: Path) -> list[str]:
     bos, eos = map(tokenizer.pieces.id_to_piece, (tokenizer.bos, tokenizer.eos))
     about = dict(tokenizer_class="LlamaTokenizer", bos_token=bos, eos_token=eos, add_bos_token=True, legacy=True)
     (folder / "tokenizer_config.json").write_text(json.dumps(about | dict(add_eos_token=False), indent=2))
-    return ["In transformers, <s> and </s> inside a text are special, one space before a text is lost, and so are the "
-            "symbols that a tokenizer defines beside its words (as the demo's does): encode with llama.Tokenizer."]
+    return ["In transformers, <s> and </s> inside a text are special tokens; a space before a text and user-defined "
+            "symbols of a tokenizer (as of the demo's) are lost. Encode such texts with llama.Tokenizer."]
 
 
 def export_language(folder: str | Path, target: str | Path, layout: str) -> list[str]:
@@ -455,7 +454,7 @@ def main(argv: list[str] | None = None) -> None:
     command = commands.add_parser("info", help="what a file of a vision transformer holds")
     command.add_argument("file")
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters
+    hasattr(sys.stdout, "reconfigure") and sys.stdout.reconfigure(errors="backslashreplace")  # for any terminal
     try:
         if args.command == "vit":
             print(convert_vit(args.name, args.source, args.target, args.image_size))

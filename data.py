@@ -49,8 +49,11 @@ def check_unreadable(bad: int, seen: int, what: str = "images", example: str = "
         raise ValueError(f"{bad} of {seen} {what} cannot be used, more than 1%{such}: repair or remove them")
 
 
+HALVES = r"(?i)\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f].."  # of an emoji, escaped, without the other half
+
+
 def read_text(path: Path) -> str:
-    """A text file as people save it: UTF-8 or UTF-16, with a byte order mark or not. What is no text becomes U+FFFD."""
+    """A text file as people save it: UTF-8, with a byte order mark or not, or UTF-16 with one. Other bytes: U+FFFD."""
     with open(path, "rb") as file:
         text = file.read()
     wide = text[:2] in (b"\xff\xfe", b"\xfe\xff")
@@ -60,7 +63,7 @@ def read_text(path: Path) -> str:
 def read_json(path: Path, lines: bool | None = False) -> Any:
     """The value in a JSON file, or those on its lines (lines=None: on its lines, unless it begins with "["). Half an
     emoji in a string becomes U+FFFD. ValueError names the line that is not JSON."""
-    text, values = read_text(path), []
+    text, values = re.sub(HALVES, r"\\ufffd", read_text(path)), []
     lines = text.lstrip()[:1] != "[" if lines is None else lines
     for number, part in enumerate(text.split("\n") if lines else [text]):
         try:
@@ -68,9 +71,6 @@ def read_json(path: Path, lines: bool | None = False) -> Any:
         except json.JSONDecodeError as error:
             line = number + error.lineno
             raise ValueError(f"{path}, line {line} is not JSON ({error.msg}); repair it or download it again") from None
-    if re.search(r"\\u[dD][89a-fA-F]", text):  # characters written as two halves; one half alone is not text
-        text = json.dumps(values, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        values = json.loads(text)
     return values if lines else values[0]
 
 
@@ -155,8 +155,8 @@ TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB; transparency is dropped, and the stored color shows. Grays that Pillow would clip are scaled: 16
-    bits to 8, floats by 255, or else from their least to their greatest value."""
+    """Any mode as RGB, without transparency: the color stored under it shows. Grays that Pillow would clip are scaled:
+    16 bits to 8; floats from 0 to 1 by 255; any other range from its least value to its greatest."""
     if image.mode[0] in "IF":
         gray = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
         most = 1 if image.mode == "F" else 65535
@@ -513,10 +513,8 @@ class Conversations(Dataset):
         self.roots = roots * len(files) if len(roots) == 1 else roots
         if len(self.roots) != len(files) or not all(map(os.path.isdir, roots)):
             raise ValueError(f"{', '.join(map(str, roots))}: give one folder of images for all files, or one for each")
-        rows = ((i, n, row) for i, file in enumerate(files) for n, row in enumerate(read_json(file, lines=None), 1))
+        rows = ((i, n, row) for i, file in enumerate(files) for n, row in enumerate(read_json(file, None) or [None], 1))
         self._rows = Strings([json.dumps(row).encode() for row in rows])  # each with its file, and its number there
-        if not len(self):
-            raise ValueError(f"{files[0]} holds no conversations; give a JSON list of them, or one on each line")
         blocks = DataLoader(range(len(self)), 256, num_workers=workers, collate_fn=self._measure)
         blocks = tqdm(blocks, "measuring conversations", leave=False, delay=2, disable=None)
         self.lengths, has_image = np.concatenate(list(blocks), axis=1)

@@ -405,8 +405,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.d
 
 def write(folder: str | Path, config: LlamaConfig, names: Sequence[str], get: Callable[[str], Tensor]) -> None:
     """Write a new folder, whole or not at all, in transformers' layout: config.json and files of at most SHARD bytes.
-    get: gives the tensor of a name; those of one file are in memory at a time. ValueError: the folder exists already.
-    """
+    get: gives the tensor of a name; those of one file are in memory at a time. ValueError: the folder exists."""
     folder, dtype = Path(folder).resolve(), get(names[-1]).dtype
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder}: exists already; name a new folder")

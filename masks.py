@@ -36,9 +36,9 @@ def bernoulli(batch: int, patches: int, visible: float, generator: Random = None
 def block(batch: int, grid: int, visible: float = 0.4, generator: Random = None) -> Tensor:
     """BEiT's block masks, inverted: random rectangles are revealed until at least a fraction `visible` is visible.
 
-    With A = max(2, int(visible * N)), a rectangle's area is an integer in [min(16, A), A), its aspect ratio uniform in
-    [0.3, 1/0.3]; its sides are cut to the grid. What 1,000 rectangles leave hidden is revealed row by row. grid:
-    patches along each side."""
+    With A = max(2, int(visible * N)), a rectangle's area is an integer from 16 (or A, if that is less) to A - 1, its
+    aspect ratio uniform in [0.3, 1/0.3]; its sides are cut to the grid. If 1,000 rectangles are not enough, the rest of
+    the share is revealed row by row. grid: patches along each side."""
     if not 0 < visible <= 1:
         raise ValueError(f"visible is {visible}; a block mask needs a fraction in (0, 1]")
     masks, wanted = torch.zeros(batch, grid**2), visible * grid**2

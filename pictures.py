@@ -90,7 +90,7 @@ def card(image: Image.Image, lines: Sequence[tuple[str, str]], boxes: Sequence[t
          width: int = 320) -> Image.Image:
     """An image of that width, with boxes of given colors, above lines of text of given colors, which are wrapped."""
     font = ImageFont.load_default(13)
-    scale = min(width / image.width, 2 * width / image.height)  # a tall strip is at most twice as high
+    scale = min(width / image.width, 2 * width / image.height)  # at most twice as high as the card is wide
     size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
     paragraphs = [(part, color) for text, color in lines for part in text.split("\n")]
     rows = [(row, color) for part, color in paragraphs for row in textwrap.wrap(part, width // 7)]

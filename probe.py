@@ -109,7 +109,7 @@ def named(backbones: list[str]) -> dict[str, tuple[str, str | None]]:
     """What each backbone is called (like its file, or its folder and file) -> its file, and NAME where the argument is
     NAME=FILE. ValueError: two are called the same."""
     split = [text.split("=", 1)[::-1] if text.split("=")[0] in vit.BACKBONES else (text, None) for text in backbones]
-    stems = [Path(path).stem for path, _ in split]
+    stems = [Path(path).stem if Path(path).is_file() else Path(path).name for path, _ in split]
     names = [f"{Path(path).parent.name}-{x}" if stems.count(x) > 1 else x for (path, _), x in zip(split, stems)]
     if len(set(names)) < len(names):
         raise ValueError(f"two backbones are called {max(names, key=names.count)}: rename a file or its folder")
@@ -201,8 +201,7 @@ def metrics(counts: Tensor, places: int) -> dict:
     """All metrics from the tallies of a data set [3, M, C], with `places` patches an image (1: the image as a whole).
 
     Averages are over the classes that occur; precision leaves out those that are never predicted (`never_predicted`).
-    `recall_by_size`: where the class fills (0, 10%], (10%, 20%], ... of its image's patches (figure 8). None: no such.
-    """
+    `recall_by_size`: where the class fills (0, 10%], (10%, 20%], ... of its image's patches (figure 8); None: none."""
     counts = counts.cpu().numpy()
     found, predicted, true = counts.sum(1).astype(float)  # [C] each
     total, occurs = counts.shape[1] * places, true > 0
@@ -502,7 +501,7 @@ def unfinished(o: Namespace, root: str, backbones: dict) -> list[tuple[str, Prob
     options = {name: getattr(o, name) for name in ("val_images", "labels", "skip_blocks", "epochs", "batch", "lr")}
     todo = []
     for (name, (path, _)), probe in product(backbones.items(), probes(o)):
-        status = os.stat(path)
+        status = os.stat(vit.find_weights(Path(path)))
         now = {"data": os.path.realpath(root), **options, "backbone": [status.st_size, status.st_mtime_ns]}
         file = result_file(o, name, probe)
         then = json.loads(file.read_text())["settings"] if file.exists() else {}

@@ -100,7 +100,8 @@ def workers() -> int:
 
 def micro_batch(share: int, most: int, multiple: int = 1) -> int:
     """The largest divisor of a process's share of the batch up to `most`, of which `multiple` is a divisor."""
-    return max((d for d in range(1, min(most, share) + 1) if share % d == 0 and d % multiple == 0), default=share)
+    sizes = range(multiple, max(most, multiple) + 1, multiple)
+    return max((size for size in sizes if share % size == 0), default=share)
 
 
 def bar(what: str, total: int, rank: int, done: int = 0, unit: str = "update") -> tqdm:
@@ -150,7 +151,7 @@ def check_finite(in_row: int, update: int) -> None:
 @contextmanager
 def ended(name: str) -> Iterator[None]:
     """Around a command: an error that its user can fix ends it with one sentence and exit status 1."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters
+    hasattr(sys.stdout, "reconfigure") and sys.stdout.reconfigure(errors="backslashreplace")  # for any terminal
     try:
         yield
         barrier()
@@ -167,7 +168,7 @@ def ended(name: str) -> Iterator[None]:
             raise
         sys.exit(f"{name}: another process has ended; its own message says why")
     finally:
-        for bar in list(tqdm._instances):  # no message shares its line
+        for bar in list(tqdm._instances):  # so that no message lands on its line
             bar.close()
         if dist.is_initialized():
             dist.destroy_process_group()

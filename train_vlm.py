@@ -59,7 +59,7 @@ RECIPES: dict[str, dict[str, object]] = {
     "siglip-so400m-384": PAPER,
     "own": PAPER,
     "demo": PAPER | {
-        "variant": "aligned-mlp", "epochs": 3, "updates": 1000, "batch": 32, "lr": 1.5e-3, "cache_features": True,
+        "variant": "aligned-mlp", "epochs": 3, "batch": 32, "lr": 1.5e-3, "cache_features": True,
         "language": f"{HERE}/demo/language",
         "aligned": "runs/align/aligned.safetensors", "baseline": f"{HERE}/demo/teacher.safetensors",
         "aligned scale": 1.05, "baseline scale": 0.37,
@@ -98,7 +98,7 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
     add("--seed", type=run.number(0), default=0, help="of the order of the data and of new weights")
     # the machine
     add("--fsdp", **switch, help="shard weights, gradients and optimizer over the processes (FSDP2)")
-    add("--micro-batch", type=count, help="conversations at a time on a process; default: the largest divisor up to 16")
+    add("--micro-batch", type=count, help="conversations at a time on a process, at most; default: 16")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the device has it")
     add("--checkpointing", **switch, help="recompute activations instead of keeping them")
     add("--cache-features", action=argparse.BooleanOptionalAction,
@@ -113,8 +113,8 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
     adapter, aligned = VARIANTS[o.variant]
     kind = "aligned" if aligned else "baseline"
     o.weights = o.weights or RECIPES[o.recipe].get(kind)
-    if o.feature_scale is None:
-        o.feature_scale = RECIPES[o.recipe].get(f"{kind} scale", 1.0)
+    scale = RECIPES[o.recipe].get(f"{kind} scale", 1.0) if adapter in ("mlp", "transformer") else 1.0  # new layers
+    o.feature_scale = o.feature_scale or scale
     if o.recipe != "demo" and not (o.weights and o.language and o.data):
         parser.error(f"--recipe {o.recipe} needs --weights (backbone: {kind}), --language (Llama's folder) and --data")
     if (adapter == "fused-mlp") != (o.second is not None):
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     # the model: the backbone is frozen, the adapter and the language model are trained; DDP or FSDP2 on many processes
     sharded = o.fsdp and dist.is_initialized()
     model = build_model(o, empty=sharded)
-    if bf16:  # the frozen part, once, as in evaluation
+    if bf16:  # the frozen part is rounded once, as when it is loaded for evaluation
         model.vision.bfloat16(), model.second and model.second.bfloat16()
     if sharded:
         shard(model, o.language, device, bf16)
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     if o.cache_features:
         keep_features(o, rank, world, model, source)
     share = o.batch // world
-    micro = o.micro_batch or run.micro_batch(share, most=16)
+    micro = run.micro_batch(share, o.micro_batch or 16)
     start = state["update"] if state else 0
     batches = data.ConversationBatches(source, o.batch, o.epochs, o.seed, rank, world, micro, start, o.updates)
     loader = iter(DataLoader(source, batch_sampler=batches, num_workers=o.workers, worker_init_fn=run.ignore_signals,

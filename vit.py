@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Image.MAX_IMAGE_PIXELS = 2**28  # by default, Pillow takes a photo of 100 megapixels for an attack
+Image.MAX_IMAGE_PIXELS = 2**28  # by default, Pillow mistakes a photo of 100 megapixels for an attack
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """EVA02's MLP: a gated hidden layer with a norm inside (its decoder's has none)."""
+    """EVA02's MLP: a gated hidden layer with a norm inside (its decoder's has no norm)."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -370,8 +370,8 @@ TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB; transparency is dropped, and the stored color shows. Grays that Pillow would clip are scaled: 16
-    bits to 8, floats by 255, or else from their least to their greatest value."""
+    """Any mode as RGB, without transparency: the color stored under it shows. Grays that Pillow would clip are scaled:
+    16 bits to 8; floats from 0 to 1 by 255; any other range from its least value to its greatest."""
     if image.mode[0] in "IF":
         gray = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
         most = 1 if image.mode == "F" else 65535
@@ -449,14 +449,20 @@ def load(path: str | Path, config: str | ViTConfig | None = None) -> ViT:
 
 
 def confirm(path: str | Path, config: ViTConfig) -> ViTConfig:
-    """What the config.json of timm or transformers beside a weight file says of it: the activation is taken from there.
-    ValueError: it is another kind of model. A lone file is what it is said to be."""
-    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
-    about, act = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}, config.act
-    if "architecture" in about and config.source.startswith("timm/"):  # timm's; the size in its name may be another
+    """The config, with the activation that a config.json of timm or transformers beside the weight file gives; where
+    there is none, as it is. ValueError: that file names another kind of model, or is damaged."""
+    file, act = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json", config.act
+    try:
+        about = dict(json.loads(file.read_text(encoding="utf-8-sig"))) if file.is_file() else {}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: is not a JSON object ({error}); download it again, or remove it") from None
+    known = any(replace(row, image_size=config.image_size) == config for row in BACKBONES.values())
+    if "architecture" in about and known and config.source.startswith("timm/"):  # the size in a name may be another
         names = about["architecture"], config.source[5:].split(".")[0]
+        tag = about.get("pretrained_cfg", {}).get("tag")
         theirs, *kinds = (re.sub(r"_quickgelu|_\d+$", "", name) for name in names)
-        act = "quick_gelu" if "quickgelu" in names[0] else act
+        if config.pre_norm and (tag or "quickgelu" in names[0]):  # OpenAI's CLIP, or one of the others
+            act = "quick_gelu" if "quickgelu" in names[0] or tag == "openai" else "gelu"
     elif "model_type" in about:  # transformers'
         theirs, vision = about["model_type"].removesuffix("_vision_model"), about.get("vision_config", about)
         traits = {"siglip": not config.class_token, "clip": config.pre_norm, "beit": config.family == "beit",
@@ -510,8 +516,7 @@ def resample_positions(value: Tensor, grid: int, prefix: int) -> Tensor:
 def resample_relative_bias(table: Tensor, grid: int) -> Tensor:
     """BEiT's bias table [(2n - 1)^2 + 3, H] at another grid, as its authors and timm do it.
 
-    Offsets 1, 2, 3 move to 1, 1 + q, 1 + q + q^2, with q such that the last reaches the new last one; linear between.
-    """
+    Offsets 1, 2, 3 move to 1, 1 + q, 1 + q + q^2, where q takes the last to the new last one; linear between."""
     old, new = math.isqrt(max(len(table) - 3, 0)), 2 * grid - 1
     if old in (0, new) or old**2 + 3 != len(table):
         return table
@@ -538,7 +543,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts save their options, too
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            metadata = state.get("metadata", {})  # of our own checkpoints
+            metadata = state.get("metadata", {}) if "student" in state else {}  # of our own checkpoints
             for key in ("state_dict", "model", "teacher", "student"):  # of two models, DINO's teacher
                 state = state[key] if isinstance(state.get(key), dict) else state
             tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}

@@ -18,7 +18,6 @@ width, E the language model's width, W the vocabulary size.
 
 import argparse
 import json
-import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -324,7 +323,7 @@ class VLM(nn.Module):
             distinct = {id(images[i]): images[i] for i in rows}
             which = [list(distinct).index(id(images[i])) for i in rows]
             pixels = [prepare(image, self.config.vision) for image in distinct.values()]
-            pixels += pixels[:1] * (2 ** math.ceil(math.log2(len(pixels))) - len(pixels))  # few shapes to compile
+            pixels += pixels[:1] * ((1 << (len(pixels) - 1).bit_length()) - len(pixels))  # few shapes to compile
             tokens = self.encode_images(torch.stack(pixels).to(device))[which]  # [B', M, E]
             embeds, mask = self.join(ids, mask, tokens, torch.tensor(rows, device=device))
         else:
@@ -502,9 +501,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token")
     parser.add_argument("--seed", type=int, default=0, help="for sampling at a temperature above 0")
     o = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters
+    hasattr(sys.stdout, "reconfigure") and sys.stdout.reconfigure(errors="backslashreplace")  # for any terminal
     image = None if o.image == "-" else Image.open(o.image)
-    if image and image.has_transparency_data:
+    if image and image.convert("RGBA").getextrema()[3][0] < 255:
         print(f"{o.image}: is transparent in places; the model sees the colors stored there", file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -38,7 +38,7 @@ def train_and_ask(job: tuple[str, int]) -> None:
     weights = backbone("teacher" if variant.startswith("baseline") else "maskembed", seed)
     if not (out / "model/config.json").exists():
         flags = f"--variant {variant} --weights {weights} --data {scenes}/conversations.json --seed {seed} --out {out}"
-        flags += " --workers 0" + " --resume" * any(out.glob("checkpoints/update-*"))
+        flags += " --workers 0 --updates 1000" + " --resume" * any(out.glob("checkpoints/update-*"))
         command(OUT / f"logs/train-{variant}-{seed}.txt", ROOT / "train_vlm.py", *flags.split())
     flags = f"{out} --data {scenes} --benchmarks {','.join(KINDS)} --out {out}/eval"
     command(OUT / f"logs/eval-{variant}-{seed}.txt", ROOT / "eval.py", *flags.split())

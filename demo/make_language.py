@@ -57,8 +57,8 @@ def train_tokenizer(told: list[Told]) -> bytes:
     """A sentencepiece model of Llama's kind: BPE, and bytes for what it does not know.
 
     Each word is a symbol, with the space before it ("▁red"). So is whatever stands between two names or numbers
-    ("▁In:▁What▁color▁is▁the"), which makes a conversation a third as long, and each side of a box, with what stands
-    before it ("▁[0.25", ",▁0.50"). Outside of these, the texts hold `letters` alone.
+    ("▁In:▁What▁color▁is▁the"), which makes a conversation a third as long, and each side of a box, with what
+    is before it ("▁[0.25", ",▁0.50"). Outside of these, the texts hold `letters` alone.
     """
     rows = [scenes.conversation([pair for _, *pair in asked]) for _, asked in told]
     texts = [vlm.TEMPLATES["llama"].piece(turn["value"].removeprefix("<image>\n"), i)

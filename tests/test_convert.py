@@ -307,7 +307,7 @@ def test_errors_of_the_command(tmp_path):
     ours, out = str(tmp_path / "ours.safetensors"), str(tmp_path / "out.safetensors")
     for argv, message in (
         (["info", "none.safetensors"], "none.safetensors: cannot be read"),
-        (["vit", "clip-vit-b", str(tmp_path / "llama.safetensors"), out], "first tensor, model.layers.0.weight, is in no"),
+        (["vit", "clip-vit-b", str(tmp_path / "llama.safetensors"), out], "layers.0.weight, is in no known layout"),
         (["vit", "in1k-vit-b", str(tmp_path / "vit.safetensors"), out], "is missing)"),
         (["vit", "clip-vit-b", ours, out], "its patch_size is 8, not 16"),
         (["vit", "clip-vit-b", ours, out, "--image-size", "9"], "--image-size 9: "),

@@ -375,7 +375,7 @@ def test_files_that_cannot_be_used(tmp_path):
     for text, told in (
         ('[{"a": 1},\n\n {"b": "cut', "a.json, line 3 is not JSON (Unterminated string"),
         ('{"a": 1}\n\nnot JSON\n', "line 3 is not JSON (Expecting value)"),
-        (" [ ] ", "a.json holds no conversations"),
+        (" [ ] ", "no conversation can be used; for example,"),
         ('{"questions": []}', "no conversation can be used; for example,"),
     ):
         assert told in refusal(read, tmp_path, text)

@@ -239,7 +239,6 @@ def test_wrong_input_is_one_sentence(base: list[str], tiny_weights: Path, tmp_pa
         (["--data", tmp_path / "texts"], "texts holds no images"),
         (["--data", tmp_path / "nowhere"], "nowhere"),
         (["--batch", 64], "cannot be drawn from 48 samples"),
-        (["--micro-batch", 3], "in micro-batches of 3"),
         (["--decoder-width", 50], "decoder width 50: must be a multiple"),
         (["--resume"], "holds no checkpoint; leave --resume out"),
     ):
