@@ -323,6 +323,8 @@ BESIDE = {  # what lies beside a weight file: the row asked for, config.json -> 
     "timm's CLIP": ("clip-vit-b", {"architecture": "vit_base_patch16_clip_224"}, "quick_gelu"),
     "timm's QuickGELU": ("openclip-vit-b", {"architecture": "vit_base_patch16_clip_quickgelu_384"}, "quick_gelu"),
     "Perception Encoder": ("clip-vit-b", {"architecture": "vit_pe_core_base_patch16_224"}, "is a vit_pe_core_base"),
+    "timm's LAION": ("clip-vit-b", {"architecture": "vit_base_patch16_clip_224", "pretrained_cfg": {"tag": "laion2b"}},
+                     "gelu"),
     "DINOv2": ("in1k-vit-b", {"model_type": "dinov2"}, "is a dinov2, not a vit"),
     "a VLM": ("clip-vit-b", {"adapter": "mlp"}, "quick_gelu"),
 }
@@ -339,6 +341,8 @@ def test_no_file_is_read_as_what_it_is_not(name, tmp_path, capsys):
     assert vit.confirm(file, config) == vit.confirm(tmp_path, config) == replace(config, act=expected)
     assert ("its activation is" in capsys.readouterr().err) == (expected != config.act)
     assert vit.confirm(tmp_path / "elsewhere" / "model.safetensors", config) == config
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json: is not a JSON object" in refusal(vit.confirm, file, config)
 
 
 def test_the_activations_are_torchs():
