@@ -1,4 +1,6 @@
-"""The probing table and bar chart of README.md: `python benchmarks/locality.py`, 45 minutes of two cores.
+"""The probing table and bar chart: `python benchmarks/locality.py`, 45 minutes of two cores.
+
+README.md has `--objectives maskembed`.
 
 MaskEmbed and the baselines of its family against the demo's teacher, over three paired seeds: a seed is that of the
 scenes, of the alignment and of the probes. What an earlier call finished in runs/locality is kept. Prints a table of
@@ -112,7 +114,8 @@ def bars(found: dict[str, Found]) -> Image.Image:
     titles = [title for title in found["teacher"] if title.startswith(("local", "global"))]
     low = min(columns[title].min() for columns in found.values() for title in titles) // 10 * 10
     fine, bar, height, left, top = 3, 26, 260, 44, 34  # drawn 3 times as large, then averaged
-    group, colors = bar * (len(found) + 1), pictures.LINES
+    group, colors = max(bar * (len(found) + 1), 130), pictures.LINES  # wide enough for the names below
+    first = (group - bar * len(found)) / 2
     sheet = Image.new("RGB", (fine * (left + group * len(titles) + 10), fine * (top + height + 26)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(fine * 12)
 
@@ -124,7 +127,7 @@ def bars(found: dict[str, Found]) -> Image.Image:
         draw.text(at(left - 6, value), f"{value:.0f}", "black", font, "rm")
     for i, title in enumerate(titles):
         for j, (columns, color) in enumerate(zip(found.values(), colors)):
-            x, mean, se = left + group * i + bar * (j + 0.5), columns[title].mean(), error(columns[title])
+            x, mean, se = left + group * i + first + bar * j, columns[title].mean(), error(columns[title])
             draw.rectangle([at(x + 2, mean), at(x + bar - 2, low)], color)
             draw.line([at(x + bar / 2, mean - se), at(x + bar / 2, mean + se)], "black", 2 * fine)
             for end in (mean - se, mean + se):
