@@ -351,7 +351,7 @@ def test_wrong_flags(argv: str, message: str, capsys):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory, tiny_weights: Path) -> Path:
-    """A tiny backbone and the demo's untrained language model, with random weights."""
+    """A tiny backbone and a language model of the demo's size, with random weights."""
     folder, language = tmp_path_factory.mktemp("vlm") / "model", llama.load(ROOT / "demo/language")
     torch.manual_seed(0)
     for parameter in language.parameters():
@@ -392,3 +392,13 @@ def test_vqav2_by_the_program_of_today():
     assert accuracy("dog", ["a dog"] * 10, today=True) == 0  # where all agree, both are compared as they are
     items = [evaluation.Item(str(i), Path("x"), "?", truths) for i in range(2)]
     assert evaluation.BENCHMARKS["vqav2"].metrics(items, ["a dog", "cat"]) == {"by today's program": 0.5}
+
+
+def test_a_whole_evaluation_asks_for_few_shapes(real: Path, scenes: Path, tmp_path: Path, monkeypatch):
+    """Each number of images at once is another kernel of a compiled backbone: powers of two, whatever batches hold."""
+    shapes, encode = [], vlm.VLM.encode_images
+    seen = lambda self, images: shapes.append(len(images)) or encode(self, images)
+    monkeypatch.setattr(vlm.VLM, "encode_images", seen)
+    names = "scenes-presence,scenes-count,scenes-color,scenes-relation"
+    command(real, "--data", scenes, "--benchmarks", names, "--batch", 11, "--out", tmp_path / "out")
+    assert len(shapes) >= 7 and {1, 16} <= set(shapes) <= {1, 2, 4, 8, 16}
