@@ -109,7 +109,7 @@ def named(backbones: list[str]) -> dict[str, tuple[str, str | None]]:
     """What each backbone is called (like its file, or its folder and file) -> its file, and NAME where the argument is
     NAME=FILE. ValueError: two are called the same."""
     split = [text.split("=", 1)[::-1] if text.split("=")[0] in vit.BACKBONES else (text, None) for text in backbones]
-    stems = [Path(path).stem if Path(path).is_file() else Path(path).name for path, _ in split]
+    stems = [Path(path).name if Path(path).is_dir() else Path(path).stem for path, _ in split]
     names = [f"{Path(path).parent.name}-{x}" if stems.count(x) > 1 else x for (path, _), x in zip(split, stems)]
     if len(set(names)) < len(names):
         raise ValueError(f"two backbones are called {max(names, key=names.count)}: rename a file or its folder")
