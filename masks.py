@@ -43,17 +43,17 @@ def block(batch: int, grid: int, visible: float = 0.4, generator: Random = None)
         raise ValueError(f"visible is {visible}; a block mask needs a fraction in (0, 1]")
     masks, wanted = torch.zeros(batch, grid**2), visible * grid**2
     most, place, todo = max(2, int(wanted)), torch.arange(grid), torch.arange(batch)
-    for _ in range(100):  # ten rectangles at a time for all masks that need more
+    for _ in range(250):  # four rectangles at a time for all masks that need more
         mine = [generator[i] for i in todo] if isinstance(generator, Sequence) else generator
-        u = rand(len(todo), 40, mine).view(-1, 10, 4, 1)
+        u = rand(len(todo), 16, mine).view(-1, 4, 4, 1)
         area, aspect = min(16, most) + (u[:, :, 0] * (most - min(16, most))).floor(), 0.3 + (1 / 0.3 - 0.3) * u[:, :, 1]
-        height, width = ((area * x).sqrt().floor().clamp(1, grid) for x in (aspect, 1 / aspect))  # [todo, 10, 1]
+        height, width = ((area * x).sqrt().floor().clamp(1, grid) for x in (aspect, 1 / aspect))  # [todo, 4, 1]
         top, left = ((x * (grid - side + 1)).floor() for x, side in ((u[:, :, 2], height), (u[:, :, 3], width)))
         rows, columns = (place >= top) & (place < top + height), (place >= left) & (place < left + width)
-        shown = (rows[..., None] & columns[:, :, None]).flatten(2).float().cumsum(1)  # [todo, 10, N]
+        shown = (rows[..., None] & columns[:, :, None]).flatten(2).float().cumsum(1)  # [todo, 4, N]
         shown = (shown + masks[todo, None]).clamp(max=1)
-        enough = shown.sum(2) >= wanted  # [todo, 10]: after this many rectangles
-        last = torch.where(enough.any(1), enough.int().argmax(1), 9)
+        enough = shown.sum(2) >= wanted  # [todo, 4]: after this many rectangles
+        last = torch.where(enough.any(1), enough.int().argmax(1), 3)
         masks[todo] = shown[torch.arange(len(todo)), last]
         todo = todo[~enough.any(1)]
         if not len(todo):

@@ -45,9 +45,8 @@ def test_block_reveals_rectangles_up_to_the_share(grid):
 
 def test_block_draws_the_authors_rectangles(monkeypatch):
     """One after the other, from the same numbers: integer areas from 16 to A - 1, sides cut off after the point."""
-    draws = torch.rand(3, 40, dtype=torch.float64, generator=generator(5))
-    monkeypatch.setattr(masks, "rand", lambda batch, count, generator: draws)
-    for mask, u in zip(masks.block(3, 14).view(3, 14, 14), draws.view(3, 10, 4).tolist()):
+    draws = [torch.rand(400, dtype=torch.float64, generator=generator(i)).view(100, 4).tolist() for i in range(20)]
+    for mask, u in zip(masks.block(20, 14, 0.4, [generator(i) for i in range(20)]).view(20, 14, 14), draws):
         expected, most = torch.zeros(14, 14), int(0.4 * 196)
         while expected.sum() < 0.4 * 196:
             (a, b, c, d), *u = u
