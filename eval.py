@@ -69,8 +69,8 @@ def normalize(text: str, benchmark: str, truth: bool = False) -> str:
 def vqa_accuracy(benchmark: str, answer: str, truths: Sequence[str], today: bool = False) -> float:
     """VQA accuracy: leave out each of the ten people in turn; an answer is right if three of the other nine gave it.
 
-    today: as VQAv2's official program has it since 2021. It takes articles and number words out of the true answers,
-        too, and compares as they are what ten people agree on. The paper's numbers are those of the one before."""
+    today: as VQAv2's official program has had it since 2021. It drops articles and turns number words into digits in
+        the true answers, too; where all ten agree, it compares unchanged answers. The paper used the one before."""
     if today and len({truth.strip() for truth in truths}) == 1:
         return float(answer.strip() == truths[0].strip())
     answer = normalize(answer, benchmark)
