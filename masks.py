@@ -41,7 +41,7 @@ def block(batch: int, grid: int, visible: float = 0.4, generator: Random = None)
     the share is revealed row by row. grid: patches along each side."""
     if not 0 < visible <= 1:
         raise ValueError(f"visible is {visible}; a block mask needs a fraction in (0, 1]")
-    masks, wanted = torch.zeros(batch, grid**2), visible * grid**2
+    masks, wanted = torch.zeros(batch, grid**2, dtype=torch.bool), visible * grid**2
     most, place, todo = max(2, int(wanted)), torch.arange(grid), torch.arange(batch)
     for _ in range(250):  # four rectangles at a time for all masks that need more
         mine = [generator[i] for i in todo] if isinstance(generator, Sequence) else generator
@@ -50,17 +50,18 @@ def block(batch: int, grid: int, visible: float = 0.4, generator: Random = None)
         height, width = ((area * x).sqrt().floor().clamp(1, grid) for x in (aspect, 1 / aspect))  # [todo, 4, 1]
         top, left = ((x * (grid - side + 1)).floor() for x, side in ((u[:, :, 2], height), (u[:, :, 3], width)))
         rows, columns = (place >= top) & (place < top + height), (place >= left) & (place < left + width)
-        shown = (rows[..., None] & columns[:, :, None]).flatten(2).float().cumsum(1)  # [todo, 4, N]
-        shown = (shown + masks[todo, None]).clamp(max=1)
-        enough = shown.sum(2) >= wanted  # [todo, 4]: after this many rectangles
+        shown = (rows[..., None] & columns[:, :, None]).flatten(2)  # [todo, 4, N]
+        for i in range(4):  # with what was shown before
+            shown[:, i] |= shown[:, i - 1] if i else masks[todo]
+        enough = shown.sum(2, dtype=torch.int32) >= wanted  # [todo, 4]: after this many rectangles
         last = torch.where(enough.any(1), enough.int().argmax(1), 3)
         masks[todo] = shown[torch.arange(len(todo)), last]
         todo = todo[~enough.any(1)]
         if not len(todo):
-            return masks
+            return masks.float()
     short = (wanted - masks[todo].sum(1, keepdim=True)).ceil()
-    masks[todo] = torch.where((1 - masks[todo]).cumsum(1) <= short, 1.0, masks[todo])
-    return masks
+    masks[todo] |= (~masks[todo]).cumsum(1) <= short
+    return masks.float()
 
 
 def windows(batch: int, grid: int, generator: Random = None) -> Tensor:
