@@ -10,6 +10,7 @@ A foreign layout is one table of names, used in both directions.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -403,10 +404,13 @@ def export_language(folder: str | Path, target: str | Path, layout: str) -> list
 # --- conversations ----------------------------------------------------------------------------------------------------
 
 def convert_conversations(source: str | Path, target: str | Path) -> str:
-    """LRV-Instruct (image_id, question, answer) or LVIS-Instruct-4V, as distributed, -> rows for train_vlm.py --data.
-    ValueError: a row is neither."""
-    rows = []
-    for number, row in enumerate(data.read_json(source, lines=None), 1):
+    """Files as distributed -> rows for train_vlm.py --data: LRV-Instruct (image_id, question, answer),
+    LVIS-Instruct-4V; with --units, RefCOCO's refs(...).p and COCO's instances. ValueError: a row is none of these."""
+    found, rows = [] if Path(source).suffix == ".p" else data.read_json(source, lines=None), []
+    if not found or isinstance(found[0], dict) and "annotations" in found[0]:
+        rows = [pointing_row(*each) for each in (instances(*found) if found else references(source))]
+        found = []
+    for number, row in enumerate(found, 1):
         if isinstance(row, dict) and {"image_id", "question", "answer"} <= row.keys():
             turns = {"human": f"<image>\n{row['question']}", "gpt": str(row["answer"])}
             turns = [{"from": who, "value": text} for who, text in turns.items()]
@@ -417,6 +421,45 @@ def convert_conversations(source: str | Path, target: str | Path) -> str:
     with open(target, "x", encoding="utf-8") as file:
         json.dump(rows, file)
     return f"{target}: {len(rows):,} conversations; the paths of their images start from --images"
+
+
+Pointing = tuple[str, list[tuple[str, str, str, list]]]  # an image; question, name, unit and places of each answer
+
+
+def references(file: str | Path) -> Iterator[Pointing]:
+    """RefCOCO's training part: the sentences about a thing ask in turn for a box and for a mask."""
+    for ref in (ref for ref in data.refs(file) if ref.split == "train"):
+        asked = zip(ref.sentences.values(), itertools.cycle(("box", "mask")))
+        yield ref.image, [(f"Where is {s}? Point with a {unit}.", s, unit, [getattr(ref, unit)]) for s, unit in asked]
+
+
+def instances(content: dict, most: int = 20) -> Iterator[Pointing]:
+    """COCO's instances: of each image the classes with at most `most` things and no crowd, in turn boxes and masks."""
+    names, images = {one["id"]: one["name"] for one in content["categories"]}, {}
+    for one in content["annotations"]:
+        images.setdefault(one["image_id"], {}).setdefault(names[one["category_id"]], []).append(one)
+    for image in (image for image in content["images"] if image["id"] in images):
+        asked = []
+        for name, things in images[image["id"]].items():
+            if len(things) <= most and not any(one["iscrowd"] for one in things):
+                unit = ("box", "mask")[len(asked) % 2]
+                boxes = [[x, y, x + width, y + height] for x, y, width, height in (one["bbox"] for one in things)]
+                places = boxes if unit == "box" else [one["segmentation"] for one in things]
+                question = f"Where is every {name}? Point with {unit}{'es' if unit == 'box' else 's'}."
+                asked.append((question, name, unit, places))
+        if asked:
+            yield image["file_name"], asked
+
+
+def pointing_row(image: str, asked: list[tuple[str, str, str, list]]) -> dict:
+    """A row for train_vlm.py --units; the answers are triplets (decode.py)."""
+    turns, targets = [], {}
+    for question, name, unit, places in asked:
+        refs = "".join(f"[{i}]<REF>" for i in range(len(places)))
+        answer = f"<Phrase>{name}</Phrase>(<Unit>{unit}</Unit>{refs})"
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        targets[unit] = targets.get(unit, []) + places
+    return {"id": Path(image).stem, "image": image, "conversations": turns, "targets": targets}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -448,8 +491,9 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("file", help="file of ours, also an aligned one; or a VLM's folder, for its language model")
     command.add_argument("target", help="timm: the file to write, .safetensors; transformers: the folder to make")
     command.add_argument("--layout", choices=("timm", "transformers"), required=True)
-    command = commands.add_parser("conversations", help="LRV-Instruct or LVIS-Instruct-4V -> train_vlm.py's format")
-    command.add_argument("source", help="the .json file as distributed")
+    command = commands.add_parser("conversations", help="other data sets' rows -> train_vlm.py's format")
+    command.add_argument("source", help="as distributed: LRV-Instruct's or LVIS-Instruct-4V's .json; to learn to "
+                         "point, COCO's instances_train2017.json, or RefCOCO's refs(unc).p beside its instances.json")
     command.add_argument("target", help="the .json file to write; must be new")
     command = commands.add_parser("info", help="what a file of a vision transformer holds")
     command.add_argument("file")

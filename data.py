@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import re
 import warnings
 import zlib
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -493,8 +494,8 @@ def unpack(packed: Tensor, classes: int) -> Tensor:
 
 # --- conversations about images (section 5, appendix D) ---------------------------------------------------------------
 
-# lists of ids and of labels (-100: not learned), the image (a tensor or None), and what is wrong with it (or None)
-Example = namedtuple("Example", "ids labels image bad", defaults=[None])
+# lists of ids and of labels (-100: not learned), the image (a tensor or None), what is wrong with it, what it points at
+Example = namedtuple("Example", "ids labels image bad places", defaults=[None, None])
 
 
 class Conversations(Dataset):
@@ -504,11 +505,13 @@ class Conversations(Dataset):
     encode: messages -> ids and labels; prepare: an image -> a tensor; both picklable. workers: to measure the rows.
     `lengths` [n] is how many ids each row has, `has_image` [n] whether it has an image. A row of length 0 cannot be
     used, as `describe` explains; it is in `left_out` and in no batch. ValueError: these are more than 1%.
-    `features` [n, ...]: where it is set, an example has its row in place of what `prepare` makes of the image."""
+    `features` [n, ...]: where it is set, an example has its row in place of what `prepare` makes of the image.
+    point: for rows with "targets", in pixels of the image as stored: {"box": [[x1, y1, x2, y2], ...], "mask": [...],
+        "region": [...]}; masks and regions: see `read_mask`, decode.region: messages, these, (W, H) -> `places`."""
 
     def __init__(self, files: Sequence[Path], image_root: Path | Sequence[Path], encode: Callable[[list], tuple],
-                 prepare: Callable[[Image.Image], Tensor], workers: int = 0):  # fmt: skip
-        self.files, self.encode, self.prepare = list(files), encode, prepare
+                 prepare: Callable[[Image.Image], Tensor], workers: int = 0, point: Callable | None = None):
+        self.files, self.encode, self.prepare, self.point = list(files), encode, prepare, point
         self.features, roots = None, [image_root] if isinstance(image_root, Path) else list(image_root)
         self.roots = roots * len(files) if len(roots) == 1 else roots
         if len(self.roots) != len(files) or not all(map(os.path.isdir, roots)):
@@ -556,13 +559,90 @@ class Conversations(Dataset):
         ids, labels = self._encode(row)
         if not self.has_image[index]:
             return Example(ids, labels, None)
-        if self.features is not None:
-            return Example(ids, labels, self.features[index])
+        path = os.path.join(root, row["image"])
         try:
-            return Example(ids, labels, self.prepare(open_image(os.path.join(root, row["image"]))))
-        except ValueError as error:
+            places = None
+            if self.point and row.get("targets"):
+                image = open_image(path, to_rgb)
+                targets = {unit: [read_mask(one, image.size, root) if unit == "mask" or isinstance(one, (dict, str))
+                                  else one for one in each] for unit, each in row["targets"].items()}  # fmt: skip
+                places = self.point(row["conversations"], targets, image.size)
+            elif self.features is None:
+                image = open_image(path)
+            image = self.prepare(image) if self.features is None else self.features[index]
+            return Example(ids, labels, image, None, places)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # the last three: targets of another form
             blank = self.prepare(Image.new("RGB", (8, 8)))  # keeps the batch's shape and modality
             return Example(ids, [-100] * len(ids), blank, f"{name}: {error}")
+
+
+def read_mask(mask: str | dict | list, size: tuple[int, int], root: Path = "") -> np.ndarray:
+    """A mask, bool [H, W]: the path of a picture below `root` (0 is outside); COCO's run lengths (how many pixels in
+    turn, column by column, are outside, inside, outside...; a list, or a string of them); or COCO's polygons, of the
+    pixels whose centers lie inside. ValueError: it is of another size than its image, `size` = (W, H)."""
+    if isinstance(mask, str):
+        inside = np.asarray(open_image(os.path.join(root, mask), to_rgb)).any(2)
+    elif isinstance(mask, list):
+        inside = np.zeros(size[::-1], bool)
+        for points in (np.reshape(polygon, (-1, 2)).clip(0, size) for polygon in mask):
+            (left, top), (right, bottom) = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int)
+            fine = Image.new("1", (9 * (right - left), 9 * (bottom - top)))  # a pixel's center is that of a fine pixel
+            ImageDraw.Draw(fine).polygon((9 * (points - (left, top))).ravel().tolist(), fill=1)
+            inside[top:bottom, left:right] |= np.asarray(fine)[4::9, 4::9][: size[1] - top, : size[0] - left]
+    else:
+        lengths, (height, width) = mask["counts"], mask["size"]
+        lengths = expand(lengths) if isinstance(lengths, str) else lengths
+        inside = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+        inside = inside.reshape(width, height).T if len(inside) == width * height else inside[None]
+    if inside.shape != (size[1], size[0]):
+        raise ValueError(f"a mask is {inside.shape[1]} x {inside.shape[0]}, but its image {size[0]} x {size[1]}")
+    return inside
+
+
+def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
+    """A mask [H, W] as COCO's run lengths."""
+    changes = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False, append=not mask[-1, -1]))
+    return {"size": list(mask.shape), "counts": np.diff(changes, prepend=0).tolist()}
+
+
+def expand(text: str) -> list[int]:
+    """COCO's run lengths from a string: 5 bits a character, the lowest first, and a sixth that says whether more
+    follow; from the fourth on, a number is the difference from the one before the last."""
+    lengths, value, shift = [], 0, 0
+    for code in text.encode():
+        value |= (code - 48 & 31) << shift
+        shift += 5
+        if not code - 48 & 32:
+            value -= (code - 48 >> 4 & 1) << shift  # the highest bit is the sign
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            value, shift = 0, 0
+    return lengths
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads lists, dicts, strings and numbers. A pickle that names a class or function could run any code."""
+
+    def find_class(self, module: str, name: str) -> object:
+        """Refuse."""
+        raise pickle.UnpicklingError(f"the pickle names {module}.{name}, but only plain lists and dicts are safe")
+
+
+# An image's file name and size; box [x1, y1, x2, y2] and mask of the thing; sentences that refer to it, with their ids
+Reference = namedtuple("Reference", "split image size box mask sentences")
+
+
+def refs(file: Path) -> Iterator[Reference]:
+    """RefCOCO, RefCOCO+ or RefCOCOg as distributed: refs(unc).p or refs(umd).p, with instances.json beside it."""
+    instances = read_json(os.path.join(os.path.dirname(file), "instances.json"))
+    sizes = {image["id"]: (image["width"], image["height"]) for image in instances["images"]}
+    things = {thing["id"]: thing for thing in instances["annotations"]}
+    with open(file, "rb") as opened:
+        rows = PlainUnpickler(opened, encoding="utf-8", errors="replace").load()  # Python 2 wrote it
+    for row in rows:
+        (x, y, width, height), mask = things[row["ann_id"]]["bbox"], things[row["ann_id"]].get("segmentation")
+        sentences = {sentence["sent_id"]: sentence["sent"] for sentence in row["sentences"]}
+        image, size = f"COCO_train2014_{row['image_id']:012d}.jpg", sizes[row["image_id"]]
+        yield Reference(row["split"], image, size, [x, y, x + width, y + height], mask, sentences)
 
 
 def fault(row: object) -> str | None:
@@ -605,10 +685,13 @@ class ConversationBatches(Batches):
 
 def collate_conversations(examples: Sequence[Example]) -> tuple[dict[str, Tensor | None], list[str]]:
     """Examples -> ids and labels [B, T], padded on the right with 0 and -100, images [B', ...] (None: there are none),
-    and rows [B'], the examples that the images belong to (None: all of them, or none); and what is bad in them."""
+    rows [B'], the examples that the images belong to (None: all of them, or none), and places, what each of them points
+    at (empty: none does); and what is bad in them."""
     ids = pad_sequence([torch.tensor(example.ids) for example in examples], True)
     labels = pad_sequence([torch.tensor(example.labels) for example in examples], True, -100)
     rows = [i for i, example in enumerate(examples) if example.image is not None]
     images = torch.stack([examples[i].image for i in rows]) if rows else None
     rows = torch.tensor(rows) if 0 < len(rows) < len(examples) else None
-    return dict(ids=ids, labels=labels, images=images, rows=rows), [example.bad for example in examples if example.bad]
+    places = [example.places for example in examples]
+    batch = dict(ids=ids, labels=labels, images=images, rows=rows, places=places if any(places) else [])
+    return batch, [example.bad for example in examples if example.bad]

@@ -13,7 +13,6 @@ The same command continues an interrupted evaluation. A new benchmark is one rea
 
 import argparse
 import json
-import pickle
 import re
 import string
 import zlib
@@ -30,13 +29,14 @@ import torch
 from PIL import Image
 
 import data
+import decode
 import pictures
 import run
 import vlm
 from data import read_json, read_text
 
 MODEL, RESULTS = Path("runs/vlm"), Path("runs/eval")
-Answer = str | list[float]  # what the model wrote, or the probability of each choice
+Answer = str | list[float] | dict  # what it wrote; the probability of each choice; what it wrote and pointed at
 Groups = list[np.ndarray]  # of questions, or of their scores, which are averaged in each group, then over the groups
 
 
@@ -100,9 +100,52 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
     return width * height / union if union > 0 else 0.0
 
 
+def concluded(answer: str, truth: str) -> float:
+    """1 if both end with the same word."""
+    return exact_match(*(text.split()[-1] if text.split() else "" for text in (answer, truth)))
+
+
 def box_found(threshold: float, answer: str, truth: Sequence[float]) -> float:
     """1 if the answer is a box whose IoU with the true one reaches the threshold."""
     return float((box := parse_box(answer)) is not None and iou(box, truth) >= threshold)
+
+
+def overlaps(answer: dict, truth: dict[str, list]) -> np.ndarray:
+    """The intersections over unions of what an answer points at and the true places, [found, true]."""
+    (unit, true), = truth.items()
+    of = iou if unit == "box" else lambda a, b: (a & b).sum() / max(1, (a | b).sum())
+    found = [one for one in answer["places"] if isinstance(one, dict) == (unit == "mask")]  # the others miss
+    return np.array([[of(a, b) for b in pixels(true)] for a in pixels(found)]).reshape(-1, len(true))
+
+
+def pixels(places: Sequence[list[float] | dict]) -> list:
+    """Boxes as they are, masks from run lengths to bool [H, W]."""
+    return [data.read_mask(one, one["size"][::-1]) if isinstance(one, dict) else one for one in places]
+
+
+def pointed(threshold: float, answer: dict, truth: dict[str, list]) -> float:
+    """1 if the answer points at one thing, and the IoU with the true place reaches the threshold; 0: that IoU."""
+    ious = overlaps(answer, truth)
+    value = float(ious[0, 0]) if len(ious) == 1 else 0.0
+    return float(value >= threshold) if threshold else value
+
+
+def pointed_all(answer: dict, truth: dict[str, list]) -> float:
+    """F1 of the things that an answer points at: right are pairs of one found and one true whose IoU reaches 0.5."""
+    ious = overlaps(answer, truth)
+    right = np.pad(ious >= 0.5, [(0, max(ious.shape) - side) for side in ious.shape])
+    pairs = decode.match(torch.from_numpy(-right.astype(float)))
+    return 2 * float(right[range(len(pairs)), pairs].sum()) / sum(ious.shape)
+
+
+def cumulative_iou(items: list["Item"], answers: list[dict]) -> float:
+    """cIoU of masks: all intersections over all unions."""
+    both, either = 0, 0
+    for item, answer in zip(items, answers):
+        (true,), found = pixels(item.truth["mask"]), pixels(answer["places"])
+        found = found[0] if len(found) == 1 and np.ndim(found[0]) == 2 else np.zeros_like(true)
+        both, either = both + (true & found).sum(), either + (true | found).sum()
+    return both / max(1, either)
 
 
 # --- questions --------------------------------------------------------------------------------------------------------
@@ -117,6 +160,7 @@ class Item:
     truth: object  # text: the answer, or VQA's ten answers; box: [x1, y1, x2, y2]; choice: the index of the right one
     options: Sequence[str] = ()  # what the letters A, B... stand for
     part: str = ""  # the split or kind that is reported separately
+    regions: Sequence = ()  # for each <region> in the question (decode.region)
     as_stored: bool = False  # a true box that holds for the pixels as stored: no EXIF orientation may turn the image
     prompt: str = ""
     choices: Sequence[str] = ()
@@ -196,14 +240,6 @@ def unanswerable(items: list[Item], answers: list[Answer]) -> dict[str, float]:
 
 # --- readers, each of the files that a benchmark's authors distribute -------------------------------------------------
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, strings and numbers. A pickle that names a class or function could run any code."""
-
-    def find_class(self, module: str, name: str) -> object:
-        """Refuse."""
-        raise pickle.UnpicklingError(f"the pickle names {module}.{name}, but only plain lists and dicts are safe")
-
-
 def read_vqav2(root: Path) -> Iterator[Item]:
     """VQAv2 val: questions and annotations in two files."""
     rows = read_json(root / "vqav2/v2_mscoco_val2014_annotations.json")["annotations"]
@@ -237,19 +273,15 @@ def read_textvqa(ocr: bool, root: Path) -> Iterator[Item]:
         yield Item(row["question_id"], root / f"textvqa/train_images/{row['image_id']}.jpg", question, row["answers"])
 
 
-def read_refcoco(name: str, refs: str, root: Path) -> Iterator[Item]:
-    """RefCOCO, RefCOCO+, RefCOCOg val: a question for each sentence. Boxes are written as fractions of the sides."""
-    instances = read_json(root / name / "instances.json")
-    sizes = {image["id"]: (image["width"], image["height"]) for image in instances["images"]}
-    boxes = {annotation["id"]: annotation["bbox"] for annotation in instances["annotations"]}
-    with open(root / name / refs, "rb") as file:
-        rows = PlainUnpickler(file, encoding="utf-8", errors="replace").load()  # Python 2 wrote it
-    for row in (row for row in rows if row["split"] == "val"):
-        x, y, width, height = boxes[row["ann_id"]]
-        corners = zip((x, y, x + width, y + height), 2 * sizes[row["image_id"]])
-        truth, image = [round(pixel / side, 2) for pixel, side in corners], f"COCO_train2014_{row['image_id']:012d}.jpg"
-        for sentence in row["sentences"]:
-            yield Item(sentence["sent_id"], root / "coco/train2014" / image, sentence["sent"], truth, as_stored=True)
+def read_refcoco(name: str, refs: str, root: Path, unit: str = "") -> Iterator[Item]:
+    """RefCOCO, RefCOCO+, RefCOCOg val: a question for each sentence. Boxes that the model is to write are fractions of
+    the sides; what it is to point at is in pixels."""
+    for ref in data.refs(root / name / refs):
+        truth = [round(pixel / side, 2) for pixel, side in zip(ref.box, 2 * ref.size)]
+        if unit and ref.split == "val":
+            truth = {unit: [ref.box if unit == "box" else data.run_lengths(data.read_mask(ref.mask, ref.size))]}
+        for key, sentence in ref.sentences.items() if ref.split == "val" else ():
+            yield Item(key, root / "coco/train2014" / ref.image, sentence, truth, as_stored=True)
 
 
 def read_ocid_ref(root: Path) -> Iterator[Item]:
@@ -294,11 +326,12 @@ def read_pope(root: Path) -> Iterator[Item]:
 
 def read_scenes(kind: str, root: Path) -> Iterator[Item]:
     """The questions of one kind that demo/scenes.py wrote; a row is a conversation in LLaVA's format."""
-    truth = {"presence": ("Yes", "No").index, "relation": ("True", "False").index, "refer": parse_box}.get(kind, str)
-    for row in read_json(root / "questions.json"):
-        if row["kind"] == kind:
-            question, answer = (turn["value"].replace("<image>", "").strip() for turn in row["conversations"])
-            yield Item(row["id"], root / row["image"], question, truth(answer))
+    truth = {"presence": ("Yes", "No").index, "refer": parse_box}.get(kind, str)
+    for row in (row for row in read_json(root / "questions.json") if row["kind"] == kind):
+        question, answer = (turn["value"].replace("<image>", "").strip() for turn in row["conversations"])
+        targets = row.get("targets", {})
+        regions = pixels(targets.pop("region", ()))
+        yield Item(row["id"], root / row["image"], question, targets or truth(answer), regions=regions)
 
 
 # --- the benchmarks (table 8) -----------------------------------------------------------------------------------------
@@ -313,6 +346,14 @@ CHOICE = dict(kind="choice", metrics=aucs, score=lambda probabilities, truth: fl
 BOXES = dict(kind="box", metrics=lambda items, answers: {"readable": len([*filter(parse_box, answers)]) / len(items)})
 YES, TRUE = dict(choices=("Yes", "No"), **CHOICE), dict(choices=("True", "False"), **CHOICE)
 HALF = dict(score=partial(box_found, 0.5), **BOXES)
+POINT = "Where is {q}? Point with a "
+AT_BOX = dict(kind="places", score=partial(pointed, 0.5), metrics=lambda items, answers: {
+    "at 0.75": float(np.mean([pointed(0.75, answer, item.truth) for item, answer in zip(items, answers)]))})
+AT_MASK = dict(kind="places", score=partial(pointed, 0.0), metrics=lambda items, answers: {
+    "cIoU": cumulative_iou(items, answers)})
+ALL = dict(kind="places", score=pointed_all)
+REFCOCO = (("refcoco", "RefCOCO", "refs(unc).p"), ("refcoco+", "RefCOCO+", "refs(unc).p"),
+           ("refcocog", "RefCOCOg", "refs(umd).p"))
 BENCHMARKS: dict[str, Benchmark] = {
     "vqav2": Benchmark(
         "VQAv2", read_vqav2, "vqav2/: v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json "
@@ -329,9 +370,7 @@ BENCHMARKS: dict[str, Benchmark] = {
        for name, title, ocr in (("textvqa", "TextVQA", False), ("textvqa-ocr", "TextVQA + OCR", True))},
     **{name: Benchmark(
         title, partial(read_refcoco, name, refs), f"{name}/: instances.json, {refs} (github.com/lichengunc/refer); "
-        "coco/train2014/ (cocodataset.org)", BOX, **HALF)
-       for name, title, refs in (("refcoco", "RefCOCO", "refs(unc).p"), ("refcoco+", "RefCOCO+", "refs(unc).p"),
-                                 ("refcocog", "RefCOCOg", "refs(umd).p"))},
+        "coco/train2014/ (cocodataset.org)", BOX, **HALF) for name, title, refs in REFCOCO},
     "ocid-ref": Benchmark(
         "OCID-Ref", read_ocid_ref, "ocid-ref/: val_expressions.json (github.com/lluma/OCID-Ref), OCID-dataset/ "
         "(acin.tuwien.ac.at)", BOX, partial(box_found, 0.25), parts=("minimum", "medium", "maximum"), **BOXES),
@@ -346,10 +385,21 @@ BENCHMARKS: dict[str, Benchmark] = {
         "POPE", read_pope, "pope/: coco_pope_{adversarial,popular,random}.json (github.com/RUCAIBox/POPE, output/coco)"
         "; coco/val2014/ (cocodataset.org)", SHORT, headline="mean", parts=("adversarial", "popular", "random"), **YES),
     **{f"scenes-{kind}": Benchmark(title, partial(read_scenes, kind), SCENES, "{q}", **how) for kind, title, how in (
-       ("presence", "presence", YES), ("count", "counting", {}), ("color", "color", {}), ("relation", "relation", TRUE),
-       ("where", "position", {}), ("at", "patch", {}), ("refer", "referring", HALF), ("caption", "caption", {}))},
+       ("presence", "presence", YES), ("count", "counting", {}), ("color", "color", {}),
+       ("relation", "relation", dict(score=concluded)), ("where", "position", {}), ("at", "patch", {}),
+       ("refer", "referring", HALF), ("caption", "caption", {}))},
 }  # fmt: skip
-KEYS = {"text": "answer", "box": "answer", "choice": "probabilities"}  # kind -> the name of an answer in files
+POINTING: dict[str, Benchmark] = {  # for models trained with --units; not the paper's
+    **{f"{name}-{unit}": Benchmark(f"{title}, {unit}", partial(read_refcoco, name, refs, unit=unit),
+                                   BENCHMARKS[name].files, f"{POINT}{unit}.", **how)
+       for name, title, refs in REFCOCO for unit, how in (("box", AT_BOX), ("mask", AT_MASK))},
+    **{f"scenes-{kind}": Benchmark(title, partial(read_scenes, kind), SCENES, "{q}", **how) for kind, title, how in (
+       ("refer-box", "referring by box", AT_BOX), ("refer-mask", "referring by mask", AT_MASK),
+       ("all-box", "all of a kind by boxes", ALL), ("all-mask", "all of a kind by masks", ALL),
+       ("region", "region", {}))},
+}  # fmt: skip
+BENCHMARKS |= POINTING
+KEYS = {"text": "answer", "box": "answer", "choice": "probabilities", "places": "answer"}  # kind -> its name in files
 
 
 # --- answers, report, comparison --------------------------------------------------------------------------------------
@@ -393,12 +443,22 @@ def ask(model: vlm.VLM, name: str, batches: list[list[Item]], settings: dict, fi
             items = {item.image: item for item in batch}
             opened = dict(zip(items, readers.map(Item.picture, items.values())))  # each image is read once
             images, prompts = [opened[item.image] for item in batch], [item.prompt for item in batch]
+            regions = [item.regions for item in batch]
             if kind == "choice":
                 answers = model.score(images, prompts, [item.choices for item in batch])
+            elif kind == "places":
+                answers = [{"text": text, "places": [place for triplet in triplets for place in listed(triplet)]}
+                           for text, triplets in model.ground(images, prompts, 128, regions)]
             else:
-                answers = model.generate(images, prompts, max_new_tokens=128)  # greedy
+                answers = model.generate(images, prompts, max_new_tokens=128, regions=regions)  # greedy
             part.write("".join(json.dumps({"id": item.id, KEYS[kind]: a}) + "\n" for item, a in zip(batch, answers)))
             bar.update(len(batch))
+
+
+def listed(triplet: decode.Triplet) -> list[list[float] | dict]:
+    """Boxes as lists, masks as run lengths."""
+    places = [] if triplet.places is None else triplet.places.cpu()
+    return [place.tolist() if place.ndim == 1 else data.run_lengths(place.numpy()) for place in places]
 
 
 def rows_of(benchmark: Benchmark, parts: Sequence[str]) -> dict[str, Groups]:
@@ -448,6 +508,10 @@ def failure(kind: str, item: Item, answer: Answer) -> Image.Image:
     truth, boxes, names = item.truth, [], item.options or item.choices
     if kind == "choice":
         answer, truth = f"{names[int(np.argmax(answer))]} ({max(answer):.0%})", names[truth]
+    elif kind == "places":
+        places = [("lime", pixels(*truth.values())), ("red", pixels(answer["places"]))]
+        lines = [(item.question, "black"), (answer["text"], "red")]
+        return pictures.card(pictures.point(item.picture(), places), lines)
     elif kind == "box":
         boxes = [(box, color) for box, color in ((truth, "lime"), (parse_box(answer), "red")) if box]
     lines = [(item.question, "black"), (f"answer: {answer}", "red"), (f"truth: {truth}", "green")]
@@ -525,7 +589,7 @@ def read_answers(path: Path, name: str, items: list[Item]) -> dict[str, Answer]:
             raise ValueError(f"{where}: id {identity} is not a question's, is answered twice, or is beyond --limit")
         n = len(asked.pop(identity).choices)
         numbers = isinstance(value, list) and len(value) == n and all(type(p) in (int, float) for p in value)
-        if not (numbers and min(value) >= 0 and abs(sum(value) - 1) < 1e-3 if n else isinstance(value, str)):
+        if not (numbers and min(value) >= 0 and abs(sum(value) - 1) < 1e-3 if n else isinstance(value, (str, dict))):
             raise ValueError(f"{where}: give {f'{n} probabilities with the sum 1' if n else 'the text of the answer'}")
         answers[identity] = value
     if asked:
@@ -555,7 +619,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print(pictures.table(["name", "benchmark", "files in --data (from)"], rows))
     if command == "compare":
         return compare(o.words, o.out or RESULTS / "compare", o.each)
-    default = [name for name in BENCHMARKS if name.startswith("scenes-") != bool(o.data)]
+    default = [name for name in BENCHMARKS if name.startswith("scenes-") != bool(o.data) and name not in POINTING]
     names = o.words[:1] if command == "score" else o.benchmarks.split(",") if o.benchmarks else default
     for name in names:
         if name not in BENCHMARKS:

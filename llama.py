@@ -8,10 +8,12 @@ Parameter names are transformers'; convert.py translates Meta's. The file needs 
 Shapes: B batch, T new tokens, S cache size, D width, H heads, K heads of keys and values, d = D / H, W vocabulary size.
 """
 
+import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import sentencepiece
@@ -236,8 +238,12 @@ class Llama(nn.Module):
         """Cross-entropy of the labels, a float32 scalar; 0 if there is none. Never holds the logits of all of them.
         embeds: [B, T, D]. labels: [B, T], the ids of the tokens themselves (each is predicted from those before it),
         -100 where none is to be learned. mask: see `forward`. reduction: "mean" over the labels or "sum"."""
+        return self.hidden_loss(self.hidden(embeds, mask), labels, reduction)
+
+    def hidden_loss(self, x: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """The same from the `hidden` states [B, T, D]."""
         wanted = labels[:, 1:] != IGNORE
-        x, labels = self.hidden(embeds, mask)[:, :-1][wanted], labels[:, 1:][wanted]  # [n, D], [n]
+        x, labels = x[:, :-1][wanted], labels[:, 1:][wanted]  # [n, D], [n]
         total = x.new_zeros((), dtype=torch.float32)
         for chunk in zip(x.split(CHUNK), labels.split(CHUNK)):  # logits [1024, W], gone before the next ones
             summed = lambda x, labels: F.cross_entropy(self.lm_head(x).float(), labels, reduction="sum")
@@ -293,9 +299,10 @@ def check_finite(logits: Tensor) -> None:
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
 
 class Tokenizer:
-    """Llama's tokenizer: a sentencepiece model, and <s> and </s> around a text. (Inside, they are mere characters.)"""
+    """Llama's tokenizer: a sentencepiece model, and <s> and </s> around a text. (Inside, they are mere characters.)
+    `added`: the ids of more tokens, behind the others, by their text."""
 
-    def __init__(self, path: str | Path, vocab_size: int | None = None):
+    def __init__(self, path: str | Path, vocab_size: int | None = None, added: Sequence[str] = ()):
         """path: tokenizer.model or the folder with it. vocab_size: the model's. ValueError: the model has fewer."""
         path = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
         advice = "use the tokenizer.model that came with the weights"
@@ -306,16 +313,24 @@ class Tokenizer:
         self.vocab_size, self.bos, self.eos = self.pieces.vocab_size(), self.pieces.bos_id(), self.pieces.eos_id()
         if min(self.bos, self.eos) < 0:
             raise ValueError(f"{path}: has no <s> or no </s>; {advice}")
-        if vocab_size is not None and vocab_size < self.vocab_size:  # more rows than words are padding
-            raise ValueError(f"{path}: has {self.vocab_size} tokens, the model only {vocab_size}; {advice}")
+        self.added = {text: self.vocab_size + i for i, text in enumerate(added)}
+        needed = self.vocab_size + len(added)
+        if vocab_size is not None and vocab_size < needed:  # more rows than words are padding
+            raise ValueError(f"{path}: has {needed} tokens, the model only {vocab_size}; {advice}")
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of a text, with <s> before it and </s> after it if asked for."""
-        return [self.bos] * bos + self.pieces.encode(text) + [self.eos] * eos
+        parts = re.split(f"({'|'.join(map(re.escape, self.added))})", text) if self.added else [text]
+        ids = ([self.added[part]] if part in self.added else self.pieces.encode(part) for part in parts)
+        return [self.bos] * bos + sum(ids, []) + [self.eos] * eos
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens and the space before the first word."""
-        return self.pieces.decode([i for i in ids if 0 <= i < self.vocab_size and not self.pieces.is_control(i)])
+        names, text = {i: name for name, i in self.added.items()}, ""
+        for added, run in itertools.groupby(ids, names.__contains__):
+            known = (i for i in run if added or 0 <= i < self.vocab_size and not self.pieces.is_control(i))
+            text += "".join(map(names.get, known)) if added else self.pieces.decode(list(known))
+        return text
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ids piece by piece, as they come; a character of several bytes comes when it is whole."""
@@ -349,12 +364,14 @@ def read_json(file: Path) -> dict:
         raise ValueError(f"{file}: cannot be read as a JSON object ({error}); download it again") from None
 
 
-def read_config(folder: str | Path) -> LlamaConfig:
-    """The config of a folder in transformers' layout. ValueError: it is in Meta's, or not a plain Llama's."""
+def read_config(folder: str | Path, least: int = 0) -> LlamaConfig:
+    """The config of a folder in transformers' layout, with `least` tokens or more. ValueError: it is in Meta's, or not
+    a plain Llama's."""
     file = Path(folder) / "config.json"
     if not file.is_file() and file.with_name("params.json").is_file():
         raise ValueError(f"{folder}: is in Meta's layout; first run: python convert.py llama {folder} {folder}-hf")
-    return LlamaConfig.from_transformers(read_json(file), file)
+    config = LlamaConfig.from_transformers(read_json(file), file)
+    return replace(config, vocab_size=max(config.vocab_size, least))
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
@@ -374,15 +391,19 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
 
 @torch.no_grad()
 def fill(model: Llama, folder: str | Path) -> None:
-    """Copy a folder's weights one by one into a model, sharded by FSDP2 or not. ValueError: they do not fit it."""
+    """Copy a folder's weights one by one into a model, sharded by FSDP2 or not. ValueError: they do not fit it.
+    Where the model has more tokens than the folder, these start as the mean of the others."""
     model.tie()  # `to_empty` makes two parameters of one
     parameters, other = dict(model.named_parameters()), "a file or config.json is missing or another model's"
     ignored = ("rotary_emb.inv_freq", *["lm_head.weight"] * model.config.tie_word_embeddings)  # some files carry them
     lacking = {name: list(parameter.shape) for name, parameter in parameters.items()}
+    added = model.config.vocab_size - read_config(folder).vocab_size
     for file, name, value in read_tensors(Path(folder)):
         if name.endswith(ignored):
             continue
         shape = lacking.pop(name, "no such tensor, or has it already")
+        if added > 0 and name in ("model.embed_tokens.weight", "lm_head.weight"):
+            value = torch.cat([value.float(), value.float().mean(0, keepdim=True).expand(added, -1)])
         if list(value.shape) != shape:
             raise ValueError(f"{file}: tensor {name} is {list(value.shape)}, the model has {shape}; {other}")
         if not value.isfinite().all():
@@ -395,10 +416,11 @@ def fill(model: Llama, folder: str | Path) -> None:
         raise ValueError(f"{folder}: tensor {min(lacking)} is missing; {other}")
 
 
-def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Llama:
-    """A model with a folder's config and weights, in evaluation mode. Errors: see `read_config` and `fill`."""
+def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+         least: int = 0) -> Llama:  # fmt: skip
+    """A model with a folder's config and weights, in evaluation mode. The rest: see `read_config` and `fill`."""
     with torch.device("meta"):  # no memory and no time for initial values that the files replace
-        model = Llama(read_config(folder)).to(dtype)
+        model = Llama(read_config(folder, least)).to(dtype)
     fill(model.to_empty(device=device), folder)
     return model.eval()
 

@@ -16,6 +16,7 @@ from PIL.Image import Resampling
 
 # The colors of Okabe and Ito, which color-blind readers and a printer can tell apart
 LINES = ((95, 95, 95), (213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0))
+Color = tuple[int, int, int]
 Font, Point = ImageFont.ImageFont | ImageFont.FreeTypeFont, tuple[float, float]
 GRAY, FAINT = (110, 110, 110), (205, 205, 205)
 
@@ -102,6 +103,22 @@ def card(image: Image.Image, lines: Sequence[tuple[str, str]], boxes: Sequence[t
         draw.rectangle(corners, outline=color, width=3)
     for number, (row, color) in enumerate(rows):
         draw.text((0, size[1] + 4 + 17 * number), row, color, font)
+    return sheet
+
+
+def point(image: Image.Image, places: Sequence[tuple[str | Color, np.ndarray]], width: int = 320) -> Image.Image:
+    """An image of that width with boxes [n, 4] (x1, y1, x2, y2) and masks bool [n, H, W] in colors; all in pixels."""
+    size = width, max(1, round(width * image.height / image.width))
+    sheet, boxes = image.convert("RGB").resize(size, Resampling.BICUBIC), []
+    for color, found in places:
+        for one in np.asarray(found):
+            if one.ndim == 1:
+                boxes.append(([float(side) * width / image.width for side in one], color))
+            else:
+                mask = Image.fromarray(one.astype(np.uint8) * 255).resize(size)
+                sheet.paste(Image.blend(sheet, Image.new("RGB", size, color), 0.6), mask=mask)
+    for box, color in boxes:
+        ImageDraw.Draw(sheet).rectangle(box, outline=color, width=max(2, width // 130))
     return sheet
 
 

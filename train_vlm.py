@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
 import data
+import decode
 import llama
 import run
 import vit
@@ -62,10 +63,11 @@ RECIPES: dict[str, dict[str, object]] = {
         "variant": "aligned-mlp", "epochs": 3, "batch": 32, "lr": 1.5e-3, "cache_features": True,
         "language": f"{HERE}/demo/language",
         "aligned": "runs/align/aligned.safetensors", "baseline": f"{HERE}/demo/teacher.safetensors",
-        "aligned scale": 1.05, "baseline scale": 0.37,
+        "aligned scale": 1.05, "baseline scale": 0.37, "pointer_width": 128,
     },
 }  # fmt: skip
 MAX_NORM = 1.0  # gradient norm (table 7)
+POINTING = 0.5  # weight of each unit's loss beside the language model's
 FREE = "weights second language data images lr micro_batch precision checkpointing workers save_every fsdp".split()
 
 
@@ -88,6 +90,11 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
     add("--template", choices=vlm.TEMPLATES, default="llama", help="the text around questions and answers")
     add("--feature-scale", type=rate, help="multiplies the features, in the demo to unit variance; default: 1")
     add("--max-text", type=run.number(2), default=2048, help="cut each conversation to this many tokens")
+    # pointing
+    add("--units", type=lambda text: text.split(","), default=[], help="learn to point with these: box, mask, box,mask")
+    add("--plan", **switch, help="answers begin with REF-VLM's list of what they point at")
+    add("--pointer-width", type=run.number(32), help="of the decoder of places, a multiple of 32; default: 256")
+    add("--pointer-depth", type=count, default=3, help="its blocks")
     # the numbers of training; the defaults are the recipe's
     add("--epochs", type=count, help="passes over the data")
     add("--updates", type=count, help="end the schedule after at most this many updates")
@@ -119,6 +126,8 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
         parser.error(f"--recipe {o.recipe} needs --weights (backbone: {kind}), --language (Llama's folder) and --data")
     if (adapter == "fused-mlp") != (o.second is not None):
         parser.error("--second, the weights of DINOv2, goes with --variant dinov2-fusion")
+    if not set(o.units) <= set(decode.UNITS):
+        parser.error(f"--units {','.join(o.units)}: choose from {', '.join(decode.UNITS)}")
     if o.images and not (o.data and len(o.images) in (1, len(o.data))):
         parser.error("--images: goes with --data; give one folder for all of its files, or one for each")
     run.check_new(o)
@@ -150,14 +159,16 @@ def build_model(o: argparse.Namespace, empty: bool) -> vlm.VLM:
         size = (vision.encoder if aligned else vision).config.image_size
         own = vit.read_config(vit.read_tensors(o.second)[1], o.second) or vit.BACKBONES["dinov2-vit-l"]
         second = vit.load(o.second, replace(own, image_size=size))
+    added = decode.ADDED if o.units else ()
+    tokenizer = llama.Tokenizer(o.language, llama.read_config(o.language).vocab_size + len(added), added)
+    tokens = tokenizer.vocab_size + len(added)
     if empty:
         with torch.device("meta"):
-            language = llama.Llama(llama.read_config(o.language))
+            language = llama.Llama(llama.read_config(o.language, tokens))
     else:
-        language = llama.load(o.language)
-    tokenizer = llama.Tokenizer(o.language, language.config.vocab_size)
+        language = llama.load(o.language, least=tokens)
     model = vlm.build(vision, language, tokenizer, adapter, second, vlm.TEMPLATES[o.template], o.max_text,
-                      o.feature_scale)
+                      o.feature_scale, o.units, width=o.pointer_width or 256, depth=o.pointer_depth)
     for part in (model.language, *model.adapter.modules()):
         if hasattr(part, "checkpointing"):
             part.checkpointing = o.checkpointing
@@ -250,11 +261,13 @@ def main(argv: list[str] | None = None) -> None:
         from demo import scenes
 
         roots = [run.on_first(scenes.ensure)]
-        files = [roots[0] / "conversations.json"]
+        files = [roots[0] / ("pointing.json" if o.units else "conversations.json")]
     roots = roots or [os.path.dirname(os.path.abspath(file)) for file in files]
-    encode = functools.partial(vlm.encode, model.tokenizer, model.config.template, max_text=model.config.max_text)
+    encode = functools.partial(vlm.encode, model.tokenizer, model.config.template, max_text=model.config.max_text,
+                               plan=o.plan)
     prepare = functools.partial(vlm.prepare, config=model.config.vision)
-    source = run.on_first(lambda: data.Conversations(files, roots, encode, prepare, o.workers))
+    point = functools.partial(decode.encode, config=model.config.pointer) if o.units else None
+    source = run.on_first(lambda: data.Conversations(files, roots, encode, prepare, o.workers, point))
     if o.cache_features:
         keep_features(o, rank, world, model, source)
     share = o.batch // world
@@ -288,29 +301,34 @@ def main(argv: list[str] | None = None) -> None:
     if len(source.left_out) > 20:
         log.say(f"left out: {len(source.left_out) - 20} more rows")
     bar = run.bar("training", updates, rank, update)
+    weights = torch.tensor([1.0] + [POINTING] * len(o.units), device=device)
 
     while update < updates:
-        # 1. one update: the mean cross-entropy of all answer tokens, in micro-batches on all processes
+        # 1. one update: the mean cross-entropy of all answer tokens, in micro-batches on all processes; and, where the
+        # model learns to point, the mean loss of each unit's places
         clock = time.perf_counter()
         lr = learning_rate(update, updates, o.warmup, o.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         drawn = [next(loader) for _ in range(share // micro)]
-        mine = sum((batch["labels"] != llama.IGNORE).sum().item() for batch, _ in drawn)
-        labels, total = run.all_sum(mine)[0], torch.zeros((), device=device)
+        places = [triplet for batch, _ in drawn for one in batch["places"] if one for triplet in one.triplets]
+        mine = [sum((batch["labels"] != llama.IGNORE).sum().item() for batch, _ in drawn)]
+        mine += [sum(len(each) for other, each in places if other == unit) for unit in o.units]
+        counts = torch.tensor(run.all_sum(*mine), device=device)  # in the global batch
+        total = torch.zeros(len(counts), device=device)
         for i, (batch, _) in enumerate(drawn):
-            batch = {name: x if x is None else x.to(device, non_blocking=True) for name, x in batch.items()}
+            batch = {k: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for k, x in batch.items()}
             alone = parallel is not model and i + 1 < len(drawn)  # DDP sends gradients once an update
             with parallel.no_sync() if alone else nullcontext():
                 with autocast:
-                    loss = parallel(**batch) / max(labels, 1)  # <s> image text -> the answers' tokens
-                (loss * world).backward()  # DDP and FSDP average over the processes
-            total += loss.detach()
+                    losses = parallel(**batch) / counts.clamp(min=1)  # <s> image text -> the answers' tokens, places
+                ((losses @ weights) * world).backward()  # DDP and FSDP average over the processes
+            total += losses.detach()
         norm = nn.utils.clip_grad_norm_(trained, MAX_NORM)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         bad = [name for _, names in drawn for name in names]
-        loss, stopped, count = run.all_sum(total.item(), stop.asked, len(bad))
-        if math.isfinite(norm) and math.isfinite(loss):
+        loss, *pointing, stopped, count = run.all_sum(*total.tolist(), stop.asked, len(bad))
+        if math.isfinite(norm) and math.isfinite(loss + sum(pointing)):
             optimizer.step()
             skipped_in_row = 0
         else:  # on all processes alike
@@ -320,10 +338,11 @@ def main(argv: list[str] | None = None) -> None:
 
         # 2. log, and end a run that makes no progress
         rate = o.batch / (time.perf_counter() - clock)
-        values = {"epoch": update / batches.updates_per_epoch, "loss": loss, "lr": lr, "grad_norm": norm}
-        counts = {"labels": int(labels), "skipped": skipped, "bad_rows": bad_rows}
-        log.record(update=update, **values, **counts, conversations_per_s=round(rate, 1))
-        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} conversations/s", refresh=False), bar.update()
+        values = {"epoch": update / batches.updates_per_epoch, "loss": loss} | dict(zip(o.units, pointing))
+        values |= {"lr": lr, "grad_norm": norm, "labels": int(counts[0]), "skipped": skipped, "bad_rows": bad_rows}
+        log.record(update=update, **values, conversations_per_s=round(rate, 1))
+        shown = [f"{name} {value:.4f}" for name, value in zip(("loss", *o.units), (loss, *pointing))]
+        bar.set_postfix_str(f"{', '.join(shown)}, {rate:.1f} conversations/s", refresh=False), bar.update()
         log.once("left out", bad)
         data.check_unreadable(bad_rows, update * o.batch, "conversations")
         run.check_finite(skipped_in_row, update)

@@ -5,12 +5,14 @@
     "In: {question}\\nOut:" ---> word embeddings ---> <s> image text ---> language ---> "{answer}</s>"
 
 The design is LLaVA's. The image tokens follow <s>, then comes the text; a sample without an image has none. The adapter
-and the language model are trained on the answers, in one stage. This file needs vit.py, maskembed.py and llama.py.
+and the language model are trained on the answers, in one stage. This file needs vit, maskembed, llama and decode.py.
 
     model = vlm.load("runs/vlm/model")
     model.generate([image, None], ["What is left of the ring?", "What is a ring?"])
 
     python vlm.py MODEL IMAGE "What is left of the ring?"       # prints the answer as it is generated
+
+A model that was trained to point (decode.py) answers with triplets, and `ground` finds the places they mean.
 
 Shapes: B batch, T text length, N patches, P prefix tokens, M image tokens (N or P + N), S = M + T, D the backbone's
 width, E the language model's width, W the vocabulary size.
@@ -30,9 +32,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+import decode
 import llama
 import maskembed
 import vit
+from decode import Pointer, PointerConfig, Triplet
 from llama import IGNORE, Llama, LlamaConfig, Tokenizer
 from maskembed import Student
 from vit import Block, ViT, ViTConfig
@@ -40,6 +44,7 @@ from vit import Block, ViT, ViTConfig
 Conversation = list[dict[str, str]]  # LLaVA's format: {"from": "human" or "gpt", "value": text}, taking turns
 Prompt = str | Conversation  # a question, which the template wraps, or a conversation that ends with a question
 Images = Sequence[Image.Image | None]  # an image or None for each prompt
+Regions = Sequence[Sequence] | None  # for each prompt, one for each <region> in it, in pixels (decode.region)
 
 
 # --- prompts and images -----------------------------------------------------------------------------------------------
@@ -70,11 +75,12 @@ TEMPLATES: dict[str, Template] = {
 
 
 def encode(tokenizer: Tokenizer, template: Template, conversation: Conversation,
-           max_text: int | None = None) -> tuple[list[int], list[int]]:
+           max_text: int | None = None, plan: bool = False) -> tuple[list[int], list[int]]:
     """A conversation as ids, <s> first, and labels: the ids themselves in answers and their </s>, elsewhere -100.
 
     "<image>" is removed from each message, which is then stripped. The pieces that the template makes of them are
-    tokenized one by one, so an answer starts with its own word-initial token. Both lists are cut to `max_text` ids.
+    tokenized one by one, so an answer starts with its own word-initial token. Both lists are cut to `max_text` ids, and
+    empty where that cuts off a <REF> or <region> (which takes ten). plan: answers begin with decode.plan.
     ValueError: the turns do not alternate, human first."""
     ids, labels = [tokenizer.bos], [IGNORE]
     for turn, message in enumerate(conversation):
@@ -82,10 +88,15 @@ def encode(tokenizer: Tokenizer, template: Template, conversation: Conversation,
         role = "gpt" if answer else "human"
         if message.get("from") != role or not isinstance(message.get("value"), str):
             raise ValueError(f"turn {turn + 1} of a conversation is not text from {role}; they take turns, human first")
-        piece = template.piece(message["value"].replace("<image>", "").strip(), turn)
+        text = message["value"].replace("<image>", "").strip()
+        piece = template.piece(decode.plan(text) if plan and answer else text, turn)
+        if decode.REGION in tokenizer.added:
+            piece = piece.replace(decode.REGION, decode.REGION * decode.TOKENS)
         piece = tokenizer.encode(piece, eos=answer)
         ids += piece
         labels += piece if answer else [IGNORE] * len(piece)
+    if {tokenizer.added.get(decode.REF), tokenizer.added.get(decode.REGION)} & set(ids[len(ids[:max_text]) :]):
+        return [], []
     return ids[:max_text], labels[:max_text]
 
 
@@ -211,6 +222,7 @@ class VLMConfig:
     template: Template = TEMPLATES["llama"]
     max_text: int = 2048  # ids of a sample in training; image tokens come on top
     feature_scale: float = 1.0  # multiplies the vision features; 1 in the paper
+    pointer: PointerConfig | None = None  # for a model that points; its vocabulary ends with decode.ADDED
 
     def __post_init__(self) -> None:
         first, second, context = self.vision, self.second, self.language.max_position_embeddings
@@ -257,9 +269,10 @@ class VLM(nn.Module):
             self.second = ViT(second).requires_grad_(False)
         self.adapter = ADAPTERS[config.adapter](config)
         self.language = Llama(config.language)
+        self.pointer = Pointer(config.pointer) if config.pointer else None
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters to train, by name: the adapter's and the language model's."""
+        """The parameters to train, by name: the adapter's, the language model's, the pointer's."""
         return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     @torch.no_grad()
@@ -276,41 +289,82 @@ class VLM(nn.Module):
         features = self.features(images) if images.dtype == torch.uint8 else images
         return self.adapter(features.to(next(self.adapter.parameters()).dtype))  # bf16 where FSDP gathers weights in it
 
-    def join(self, ids: Tensor, mask: Tensor, tokens: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def patches(self, features: Tensor) -> Tensor:
+        """Those of the patches, without prefix tokens, for the decoder: [B, M, D] -> [B, N, D]."""
+        return features[:, -self.config.vision.num_patches :].to(next(self.adapter.parameters()).dtype)
+
+    def embed(self, ids: Tensor, regions: Sequence[Tensor] = (), patches: Tensor | None = None) -> Tensor:
+        """Token embeddings [B, T, E]. regions: for each <region> of the batch the share of each patch inside, [N];
+        patches: of its image, [r, N, D]."""
+        x = self.language.embed(ids)
+        if len(regions):
+            tokens = self.pointer.prompts(torch.stack(list(regions)).to(x.device), patches)  # [r, 10, E]
+            x = x.masked_scatter((ids == self.tokenizer.added[decode.REGION])[..., None], tokens.to(x.dtype))
+        return x
+
+    def join(self, x: Tensor, mask: Tensor, tokens: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """Embeddings [B, S, E] of <s>, M places for an image, and the text; and their mask [B, S].
 
-        ids, mask: [B, T], <s> in the first column. tokens: [B', M, E], the image tokens of the samples `rows` (see
-        `forward`). The other samples have padding in these places."""
-        x, B, M = self.language.embed(ids), len(ids), self.config.image_tokens
-        rows = torch.arange(B, device=ids.device) if rows is None else rows
+        x, mask: [B, T, E] and [B, T], <s> in the first column. tokens: [B', M, E], the image tokens of the samples
+        `rows` (see `forward`). The other samples have padding in these places."""
+        B, M = len(x), self.config.image_tokens
+        rows = torch.arange(B, device=x.device) if rows is None else rows
         image = x.new_zeros(B, M, x.shape[-1]).index_copy(0, rows, tokens.to(x.dtype))
         return insert(x, image), insert(mask, mask.new_zeros(B, M).index_fill(0, rows, 1))
 
-    def forward(self, ids: Tensor, labels: Tensor, images: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """The summed loss of all labels, a float32 scalar; the caller divides it by their number in the global batch.
+    def forward(self, ids: Tensor, labels: Tensor, images: Tensor | None = None, rows: Tensor | None = None,
+                places: Sequence[decode.Places | None] = ()) -> Tensor:  # fmt: skip
+        """The summed losses, float32 [1 + units]: of all labels, and of the places of each unit (decode.py). The caller
+        divides each by its number in the global batch.
 
         ids, labels: [B, T], padded on the right; labels of -100 do not count.
         images: pixels, uint8 [B', 3, H, W], or their features; None: the batch has no image.
-        rows: [B'], the samples that the images belong to, in the order of the images; None: all B, in order."""
-        if images is None:  # an empty image at weight 0: each parameter has a gradient, processes communicate alike
-            size = self.config.vision.image_size
-            nothing = self.encode_images(ids.new_zeros(1, 3, size, size, dtype=torch.uint8))
-            return self.language.loss(self.language.embed(ids), labels, reduction="sum") + 0 * nothing.float().sum()
-        embeds, mask = self.join(ids, torch.ones_like(ids), self.encode_images(images), rows)
-        labels = insert(labels, labels.new_full((len(ids), self.config.image_tokens), IGNORE))
-        if rows is not None:  # all padding moves to the right, where attention needs no mask
-            embeds, labels = move_padding(mask, False, embeds, labels)
-        return self.language.loss(embeds, labels, reduction="sum")
+        rows: [B'], the samples that the images belong to, in the order of the images; None: all B, in order.
+        places: what each sample points at; empty: none does."""
+        if images is not None and images.dtype == torch.uint8:
+            images = self.features(images)
+        pointing = [(row, one) for row, one in enumerate(places) if one]
+        if pointing:
+            image = {row: i for i, row in enumerate(range(len(ids)) if rows is None else rows.tolist())}
+            patches = self.patches(images)
+            regions = [(image[row], region) for row, one in pointing for region in one.regions]
+            x = self.embed(ids, [region for _, region in regions], patches[[i for i, _ in regions]])
+            there = torch.tensor([[bool(one)] for one in places], device=ids.device)  # another's <REF> is mere text
+            where = (ids == self.tokenizer.added[decode.REF]) & there
+        else:
+            x, where = self.embed(ids), torch.zeros_like(ids, dtype=torch.bool)
+        if images is not None:
+            x, mask = self.join(x, torch.ones_like(ids), self.encode_images(images), rows)
+            blank = labels.new_full((len(ids), self.config.image_tokens), IGNORE)
+            labels, where = insert(labels, blank), insert(where, blank == 0)
+            if rows is not None:  # all padding moves to the right, where attention needs no mask
+                x, labels, where = move_padding(mask, False, x, labels, where)
+        x = self.language.hidden(x)
+        losses = torch.stack([self.language.hidden_loss(x, labels, reduction="sum")])
+        if pointing:
+            targets = [(image[row], *triplet) for row, one in pointing for triplet in one.triplets]
+            of, units, places = zip(*targets)
+            states = x[where].split(list(map(len, places)))  # of the <REF>s of each triplet, [n, E]
+            losses = torch.cat([losses, self.pointer.loss(states, patches, of, units, places)])
+        elif self.pointer:
+            losses = F.pad(losses, (0, len(self.config.pointer.units)))
+        for part in [self.adapter] * (images is None) + [self.pointer] * (self.pointer is not None):
+            losses = losses + 0 * sum(p.sum() for p in part.parameters())  # each has a gradient, on all processes alike
+        return losses
 
-    def read(self, images: Images, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, S, E] of prompts with their images, padded on the left, and their mask [B, S].
-
-        An image that several prompts share (the same object) is encoded once."""
+    def read(self, images: Images, prompts: Sequence[Prompt], regions: Regions = None,
+             answers: Sequence[list[int]] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Embeddings [B, S, E] of prompts with their images, and ids of answers, padded on the left, and their mask
+        [B, S]. An image that several prompts share (the same object) is encoded once."""
         images = list(images)  # one look at each: a sequence that opens its files would give new objects the next time
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images for {len(prompts)} prompts; give one image, or None, for each")
         turns = [[{"from": "human", "value": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
         texts = [encode(self.tokenizer, self.config.template, conversation)[0] for conversation in turns]
+        for text, inside in zip(texts, regions or [()] * len(texts)):
+            if (count := text.count(self.tokenizer.added.get(decode.REGION, -1)) // decode.TOKENS) != len(inside):
+                raise ValueError(f"{len(inside)} regions for {count} {decode.REGION}; give one for each in the prompt")
+        texts = [text + answer for text, answer in zip(texts, answers or [[]] * len(texts))]
         lengths = [len(text) + self.config.image_tokens * (image is not None) for image, text in zip(images, texts)]
         longest, context = max(lengths), self.config.language.max_position_embeddings
         if longest >= context:
@@ -324,29 +378,64 @@ class VLM(nn.Module):
             which = [list(distinct).index(id(images[i])) for i in rows]
             pixels = [prepare(image, self.config.vision) for image in distinct.values()]
             pixels += pixels[:1] * ((1 << (len(pixels) - 1).bit_length()) - len(pixels))  # few shapes to compile
-            tokens = self.encode_images(torch.stack(pixels).to(device))[which]  # [B', M, E]
-            embeds, mask = self.join(ids, mask, tokens, torch.tensor(rows, device=device))
+            features = self.features(torch.stack(pixels).to(device))
+            inside = [decode.region(region, vit.upright(images[i]).size, self.config.vision.grid)
+                      for i in rows for region in regions[i]] if regions else []  # fmt: skip
+            of = [n for n, i in zip(which, rows) for _ in (regions[i] if regions else ())]
+            embeds = self.embed(ids, inside, self.patches(features)[of])
+            tokens = self.encode_images(features)[which]  # [B', M, E]
+            embeds, mask = self.join(embeds, mask, tokens, torch.tensor(rows, device=device))
         else:
             embeds = self.language.embed(ids)
         embeds, mask = move_padding(mask, True, embeds, mask)
         return embeds[:, -longest:], mask[:, -longest:]  # without columns that are all padding
 
-    @torch.no_grad()
     def generate(self, images: Images, prompts: Sequence[Prompt], max_new_tokens: int = 128, temperature: float = 0.0,
-                 generator: torch.Generator | None = None) -> list[str]:
+                 generator: torch.Generator | None = None, regions: Regions = None) -> list[str]:  # fmt: skip
         """Answers to B prompts of any lengths, stripped. In float32 each answer is the one that the prompt gets alone.
 
         temperature: 0 takes the most likely token; otherwise tokens are sampled with the generator.
         ValueError: not one image (or None) for each prompt; a prompt longer than the context; an unreadable image."""
-        embeds, mask = self.read(images, prompts)
+        texts = self.answer(images, prompts, regions, max_new_tokens, temperature, generator)
+        return [self.tokenizer.decode(text).strip() for text in texts]
+
+    @torch.no_grad()
+    def answer(self, images: Images, prompts: Sequence[Prompt], regions: Regions, max_new_tokens: int,
+               temperature: float = 0.0, generator: torch.Generator | None = None) -> list[list[int]]:  # fmt: skip
+        """The ids of the answers. Arguments: see `generate`."""
+        embeds, mask = self.read(images, prompts, regions)
         options = dict(max_new_tokens=max_new_tokens, temperature=temperature, generator=generator)
         texts = self.language.generate(embeds=embeds, mask=mask, stop=self.tokenizer.eos, **options)
-        answers = [self.tokenizer.decode(text).strip() for text in texts]
         room = self.config.language.max_position_embeddings - embeds.shape[1]
         for i, text in enumerate(texts):
             if len(text) == room < max_new_tokens and len(texts) > 1:  # the context ended it, behind the longest prompt
-                answers[i] = self.generate([images[i]], [prompts[i]], **options)[0]
-        return answers
+                texts[i] = self.answer([images[i]], [prompts[i]], regions and [regions[i]], **options)[0]
+        return texts
+
+    @torch.no_grad()
+    def ground(self, images: Sequence[Image.Image], prompts: Sequence[Prompt], max_new_tokens: int = 256,
+               regions: Regions = None) -> list[tuple[str, list[Triplet]]]:  # fmt: skip
+        """Answers, each with the triplets in it and their places in pixels of the image (which is turned upright).
+
+        An answer that points is read once more with its prompt, as in training, for its states at the <REF>s.
+        Arguments and errors: see `generate`. ValueError: the model was not trained to point."""
+        if not self.pointer:
+            raise ValueError("this model has no decoders for places; train one with train_vlm.py --units box,mask")
+        ids, ref = self.answer(images, prompts, regions, max_new_tokens), self.tokenizer.added[decode.REF]
+        found = [(text := self.tokenizer.decode(answer).strip(), decode.read(text)) for answer in ids]
+        if not (pointing := [i for i, (_, triplets) in enumerate(found) if triplets]):
+            return found
+        pick = lambda each: each and [each[i] for i in pointing]
+        x = self.language.hidden(*self.read(pick(images), pick(prompts), pick(regions), pick(ids)))  # [B', S, E]
+        pixels = torch.stack([prepare(images[i], self.config.vision) for i in pointing])
+        patches = self.patches(self.features(pixels.to(x.device)))
+        for n, i in enumerate(pointing):
+            states = x[n, -len(ids[i]) :][torch.tensor(ids[i], device=x.device) == ref]
+            found[i] = found[i][0], [
+                triplet._replace(places=self.pointer.find(triplet, states, patches[n], vit.upright(images[i]).size))
+                for triplet in found[i][1]
+            ]
+        return found
 
     def stream(self, image: Image.Image | None, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0,
                generator: torch.Generator | None = None) -> Iterator[str]:
@@ -402,21 +491,27 @@ def load_vision(path: str | Path, config: str | ViTConfig | None = None) -> ViT 
 
 
 def build(vision: ViT | Student, language: Llama, tokenizer: Tokenizer, adapter: str, second: ViT | None = None,
-          template: Template = TEMPLATES["llama"], max_text: int = 2048, feature_scale: float = 1.0) -> VLM:
+          template: Template = TEMPLATES["llama"], max_text: int = 2048, feature_scale: float = 1.0,
+          units: Sequence[str] = (), **pointer: int) -> VLM:  # fmt: skip
     """A model of pre-trained parts, with the adapter as it is before training.
 
     vision: an aligned model (`maskembed.load`), or a plain backbone as a baseline (`vit.load`). Its frozen part and the
         language model become parts of the VLM, uncopied; the adapter copies what it starts from.
     second: the second backbone of `fused-mlp` (DINOv2 in the paper). ValueError: the parts do not fit together.
-    max_text: lowered to what an image leaves of the language model's context."""
+    max_text: lowered to what an image leaves of the language model's context.
+    units: what the model learns to point with (decode.UNITS); the vocabulary then ends with decode.ADDED. pointer: more
+        options of decode.PointerConfig."""
     aligned = isinstance(vision, Student)
     backbone = vision.encoder if aligned else vision
     if adapter == "decoder" and not (aligned and isinstance(vision.decoder, maskembed.Decoder)):
         what = "was aligned without a decoder" if aligned else "is not aligned"
         raise ValueError(f"adapter decoder: needs an aligned backbone with its decoder, and this one {what}; give a "
                          "file that train_align.py wrote, or choose another adapter")
+    D = backbone.config.embed_dim + (second.config.embed_dim if second else 0)
+    shape = dict(vision=D, language=language.config.hidden_size, grid=backbone.config.grid)
     config = VLMConfig(adapter, aligned, backbone.config, language.config, second.config if second else None,
-                       vision.decoder.options if adapter == "decoder" else None, template)
+                       vision.decoder.options if adapter == "decoder" else None, template,
+                       pointer=PointerConfig(units, **shape, **pointer) if units else None)
     room = language.config.max_position_embeddings - config.image_tokens
     with torch.device("meta"):  # no memory and no time for values that are replaced
         model = VLM(replace(config, max_text=min(max_text, room), feature_scale=feature_scale), tokenizer)
@@ -426,6 +521,7 @@ def build(vision: ViT | Student, language: Llama, tokenizer: Tokenizer, adapter:
             ours.load_state_dict({name: state[name] for name in ours.state_dict()}, assign=True)
     model.language = language
     model.adapter = ADAPTERS[adapter](model.config)
+    model.pointer = Pointer(model.config.pointer) if units else None
     if adapter in ("decoder", "truncated"):
         model.adapter.start(vision if adapter == "decoder" else backbone)
     return model.eval()
@@ -461,10 +557,10 @@ def read_config(folder: str | Path) -> VLMConfig:
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder}: holds no VLM (no config.json); give a folder that train_vlm.py wrote")
-    parts = dict(vision=ViTConfig, language=LlamaConfig, second=ViTConfig, template=Template)
+    parts = dict(vision=ViTConfig, language=LlamaConfig, second=ViTConfig, template=Template, pointer=PointerConfig)
     values = llama.read_json(file)
     try:
-        return VLMConfig(**values | {k: kind(**values[k]) for k, kind in parts.items() if values[k] is not None})
+        return VLMConfig(**values | {k: kind(**values[k]) for k, kind in parts.items() if values.get(k) is not None})
     except (TypeError, KeyError):
         raise ValueError(f"{file}: is not a VLM's config; give a folder that train_vlm.py wrote") from None
     except ValueError as error:
@@ -475,7 +571,7 @@ def read_config(folder: str | Path) -> VLMConfig:
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VLM:
     """A model with the weights of a folder, in evaluation mode. ValueError: names the file and what is wrong."""
     config, path = read_config(folder), Path(folder) / "model.safetensors"
-    tokenizer = Tokenizer(Path(folder), config.language.vocab_size)
+    tokenizer = Tokenizer(Path(folder), config.language.vocab_size, decode.ADDED if config.pointer else ())
     tensors = vit.read_tensors(path)[0]
     with torch.device("meta"):  # no memory and no time for values that the file replaces
         model = VLM(config, tokenizer).to(dtype)
@@ -500,6 +596,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="length of the longest answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token")
     parser.add_argument("--seed", type=int, default=0, help="for sampling at a temperature above 0")
+    parser.add_argument("--picture", help="draw what the answer points at, and write it to this file")
     o = parser.parse_args(argv)
     hasattr(sys.stdout, "reconfigure") and sys.stdout.reconfigure(errors="backslashreplace")  # for any terminal
     image = None if o.image == "-" else Image.open(o.image)
@@ -509,6 +606,13 @@ def main(argv: list[str] | None = None) -> None:
     native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     model = load(o.model, torch.bfloat16 if native else torch.float32, device)
     generator = torch.Generator(device).manual_seed(o.seed)
+    if o.picture:
+        import pictures
+
+        text, triplets = model.ground([image], [o.question], o.max_new_tokens)[0]
+        places = [(color, t.places) for color, t in zip(9 * pictures.LINES[1:], triplets) if t.places is not None]
+        pictures.point(vit.upright(image), places, max(320, image.width)).save(o.picture)
+        return print(text)
     for piece in model.stream(image, o.question, o.max_new_tokens, o.temperature, generator):
         print(piece, end="", flush=True)
     print()

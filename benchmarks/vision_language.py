@@ -22,13 +22,15 @@ sys.path.insert(0, str(ROOT))
 import eval as evaluation
 import pictures
 
-OUT = Path("runs/vision-language")
+OUT, UPDATES = Path("runs/vision-language"), 800
 PAIRS = {  # baseline, aligned
     "mlp": ("baseline-mlp", "aligned-mlp"),
     "transformer": ("baseline-transformer", "aligned-decoder"),
     "truncated": ("baseline-truncated", "aligned-truncated"),
+    "pointing": ("baseline-mlp-pointing", "aligned-mlp-pointing"),  # trained with --units box,mask
 }
-KINDS = [name for name in evaluation.BENCHMARKS if name.startswith("scenes-")]
+KINDS = [name for name in evaluation.BENCHMARKS if name.startswith("scenes-")]  # for models that point
+PLAIN = [name for name in KINDS if name not in evaluation.POINTING]  # for the others
 
 
 def train_and_ask(job: tuple[str, int]) -> None:
@@ -37,10 +39,13 @@ def train_and_ask(job: tuple[str, int]) -> None:
     out, scenes = OUT / f"{variant}-{seed}", LOCALITY / f"scenes-{seed}"
     weights = backbone("teacher" if variant.startswith("baseline") else "maskembed", seed)
     if not (out / "model/config.json").exists():
-        flags = f"--variant {variant} --weights {weights} --data {scenes}/conversations.json --seed {seed} --out {out}"
-        flags += " --workers 0 --updates 1000" + " --resume" * any(out.glob("checkpoints/update-*"))
+        file = "pointing.json --units box,mask" if variant.endswith("pointing") else "conversations.json"
+        flags = f"--variant {variant.removesuffix('-pointing')} --weights {weights} --data {scenes}/{file}"
+        flags += f" --seed {seed} --out {out} --workers 0 --updates {UPDATES}"
+        flags += " --resume" * any(out.glob("checkpoints/update-*"))
         command(OUT / f"logs/train-{variant}-{seed}.txt", ROOT / "train_vlm.py", *flags.split())
-    flags = f"{out} --data {scenes} --benchmarks {','.join(KINDS)} --out {out}/eval"
+    kinds = KINDS if variant.endswith("pointing") else PLAIN
+    flags = f"{out} --data {scenes} --benchmarks {','.join(kinds)} --out {out}/eval"
     command(OUT / f"logs/eval-{variant}-{seed}.txt", ROOT / "eval.py", *flags.split())
 
 
@@ -91,6 +96,22 @@ def draw_answers(base: str, aligned: str, seed: int, each: int = 4) -> None:
     pictures.grid(sheet, gap=12).save(OUT / "answers.png")
 
 
+def draw_pointing(base: str, aligned: str, seed: int, each: int = 4) -> None:
+    """What both models point at in random questions, boxes and masks: green is true, red what was found."""
+    rows, rng = ([], []), np.random.default_rng(0)
+    for name in ("scenes-refer-box", "scenes-refer-mask"):
+        items = evaluation.questions(name, LOCALITY / f"scenes-{seed}")
+        for i in rng.permutation(len(items))[:each]:
+            for row, variant in zip(rows, (base, aligned)):
+                found = evaluation.results(OUT / f"{variant}-{seed}/eval", [name])[name]["answers"][i]["answer"]
+                places = evaluation.pixels(items[i].truth[name.split("-")[-1]]), evaluation.pixels(found["places"])
+                ious = evaluation.overlaps(found, items[i].truth)
+                text = f"{'teacher' if row is rows[0] else 'aligned'}: IoU {ious[0, 0] if len(ious) == 1 else 0:.2f}"
+                image = pictures.point(items[i].picture(), list(zip(("lime", "red"), places)), 180)
+                row.append(pictures.card(image, [(items[i].question, "black"), (text, "black")], width=180))
+    pictures.grid(rows, gap=10).save(OUT / "pointing.png")
+
+
 def main() -> None:
     """Train what is missing, print the table, draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -105,6 +126,8 @@ def main() -> None:
         variant: {title: values.tolist() for title, values in scores(variant, seeds).items()}
         for pair in o.pairs for variant in PAIRS[pair]
     }))  # fmt: skip
+    if "pointing" in o.pairs:
+        draw_pointing(*PAIRS["pointing"], seeds[0])
     base, aligned = PAIRS[o.pairs[0]]
     folders = [f"{name}={OUT}/{name}-{seeds[0]}/eval" for name in (base, aligned)]
     subprocess.run([sys.executable, ROOT / "eval.py", "compare", *folders, "--out", OUT], check=True)

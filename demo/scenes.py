@@ -7,6 +7,7 @@ labels/{train,val}       PNG label maps: red holds each pixel's shape (1-10), gr
 labels.txt               the classes' names: "3: triangle"
 boxes.json               the pictures of each part, with the shape, color and box of each object
 conversations.json       a conversation about each training picture, in LLaVA's format
+pointing.json            another, in which things are pointed at, and where, as "targets" (data.read_targets)
 questions.json           single questions about the test pictures in the same format, each with its "kind"
 scenes.json              the options, written last
 
@@ -160,6 +161,11 @@ def noun(color: str | None, shape: str | None, article: str = "") -> str:
     return f"{article}{'n' if article == 'a' and words[0] in 'aeiou' else ''} {words}".strip()
 
 
+def plural(color: str | None, shape: str | None) -> str:
+    """("red", None) -> "red objects"."""
+    return noun(color, shape) + ("es" if shape == "cross" else "s")
+
+
 def questions(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str, str]]:
     """At most one question of each kind, as (kind, question, answer). presence: yes and no equally often; color: of a
     shape that occurs once; relation: of two centers; where: one of nine places; at: a patch that one thing covers by
@@ -171,8 +177,7 @@ def questions(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str
     yield "presence", f"Is there {noun(*kind, 'a')} in the image?{SHORT}", "Yes" if present else "No"
     thing = choose(scene.objects, rng)
     kind = choose([(None, None), (thing.color, None), (None, thing.shape), (None, choose(SHAPES, rng))], rng)
-    plural = noun(*kind) + ("es" if kind[1] == "cross" else "s")
-    yield "count", f"How many {plural} are there?{SHORT}", str(scene.matching(*kind))
+    yield "count", f"How many {plural(*kind)} are there?{SHORT}", str(scene.matching(*kind))
     if single := [o for o in scene.objects if scene.matching(None, o.shape) == 1]:
         thing = choose(single, rng)
         yield "color", f"What color is the {thing.shape}?{SHORT}", thing.color
@@ -185,7 +190,8 @@ def questions(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str
         words = (("to the left of", "to the right of"), ("above", "below"))[axis][before != true]
         statement = f"{noun(a.color, a.shape, 'The')} is {words} {noun(b.color, b.shape, 'the')}."
         question = f'Based on the image, is this statement "True" or "False"? {statement}'
-        yield "relation", f'{question}\nRespond with "True" or "False" directly.', str(true)
+        first, second = (int(GRID * thing.center[axis]) for thing in (a, b))  # their columns, or their rows
+        yield "relation", f'{question}\nSay where both are, then "True" or "False".', f"{first} and {second}: {true}"
     if clear := [o for o in scene.objects if all(abs(3 * x - line) >= EDGE for x in o.center for line in (1, 2))]:
         thing = choose(clear, rng)
         column, row = (int(3 * x) for x in thing.center)
@@ -204,6 +210,33 @@ def questions(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str
     yield "refer", question, "[" + ", ".join(f"{side:.2f}" for side in thing.box) + "]"
 
 
+def pointing(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str, str, dict[str, list]]]:
+    """Questions that are answered by pointing, or that point: (kind, question, answer, what it points at, in pixels).
+    Answers are REF-VLM's triplets: a name, what to point with, and a <REF> for each thing."""
+
+    def triplet(name: str, unit: str, places: list) -> tuple[str, dict[str, list]]:
+        refs = "".join(f"[{i}]<REF>" for i in range(len(places)))
+        return f"<Phrase>{name}</Phrase>(<Unit>{unit}</Unit>{refs})", {unit: places}
+
+    boxes = [[round(side * len(scene.seen)) for side in o.box] for o in scene.objects]
+    places = {"box": boxes, "mask": [run_lengths(scene.seen == n) for n in range(1, 1 + len(boxes))]}
+    for unit in places:
+        i = int(rng.integers(len(boxes)))
+        shape, color, _ = scene.objects[i]
+        kinds = [kind for kind in ((color, shape), (color, None), (None, shape)) if scene.matching(*kind) == 1]
+        color, shape = choose(kinds, rng)
+        question = f"Where is {noun(color, shape, 'the')}? Point with a {unit}."
+        yield f"refer-{unit}", question, *triplet(noun(color, shape), unit, [places[unit][i]])
+    thing, unit = choose(scene.objects, rng), choose(("box", "mask"), rng)
+    color, shape = choose([(thing.color, None), (None, thing.shape)], rng)
+    which = [i for i, o in enumerate(scene.objects) if color in (None, o.color) and shape in (None, o.shape)]
+    question = f"Where are all {plural(color, shape)}? Point with {unit}{'es' if unit == 'box' else 's'}."
+    yield f"all-{unit}", question, *triplet(noun(color, shape), unit, [places[unit][i] for i in which])
+    i = int(rng.integers(len(boxes)))
+    region = places[choose(("box", "mask"), rng)][i]
+    yield "region", "What is in <region>?", noun(scene.objects[i].color, scene.objects[i].shape), {"region": [region]}
+
+
 def conversation(asked: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     """Questions with their answers as the messages of a row in LLaVA's format. As in LLaVA-1.5, the image stands in the
     first message only, and each instruction is given once."""
@@ -214,6 +247,12 @@ def conversation(asked: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
         turns += [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
         given.add(instruction)
     return turns
+
+
+def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
+    """A mask [H, W] as COCO writes it: how many pixels in a row, column by column, are outside, inside, outside..."""
+    changes = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False, append=not mask[-1, -1]))
+    return {"size": list(mask.shape), "counts": np.diff(changes, prepend=0).tolist()}
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -231,9 +270,17 @@ def write_scene(folder: Path, part: str, seed: int, size: int, index: int) -> tu
     if part == "train":  # 11 questions, none twice
         asked = {question: answer for _ in range(2) for _, question, answer in questions(scene, rng)}
         rows = [row | {"conversations": conversation(rng.permutation(list(asked.items())).tolist()[:11])}]
+        turns = [(*pair, {}) for _, *pair in questions(scene, rng)]
+        turns += [turn for _ in range(2) for _, *turn in pointing(scene, rng)]
+        asked, targets = {question: (answer, places) for question, answer, places in turns}, {}
+        order = [list(asked)[i] for i in rng.permutation(len(asked))[:14]]
+        for unit, places in (item for question in order for item in asked[question][1].items()):
+            targets[unit] = targets.get(unit, []) + places
+        rows.append(row | {"conversations": conversation([(q, asked[q][0]) for q in order]), "targets": targets})
     elif part == "test":
-        for kind, *pair in questions(scene, rng):
-            rows.append(row | {"id": f"{name}-{kind}", "kind": kind, "conversations": conversation([pair])})
+        for kind, question, answer, *targets in (*questions(scene, rng), *pointing(scene, rng)):
+            one = row | {"id": f"{name}-{kind}", "kind": kind, "conversations": conversation([(question, answer)])}
+            rows.append(one | {"targets": targets[0] for _ in targets})
     return {"image": row["image"], "objects": [thing._asdict() for thing in scene.objects]}, rows
 
 
@@ -265,9 +312,10 @@ def write(folder: str | Path, count: int = 12800, val: int = 2000, test: int = 5
         lines = (f"{kinds.get(number, '')}{number}: {name}\n" for number, name in enumerate(CLASSES))
         (new / "labels.txt").write_text("".join(lines))
         (new / "boxes.json").write_text(json.dumps({part: [entry for entry, _ in each] for part, each in done.items()}))
-        for name, part in (("conversations.json", "train"), ("questions.json", "test")):
-            lines = [json.dumps(row) for _, rows in done[part] for row in rows]
-            (new / name).write_text("[\n" + ",\n".join(lines) + "\n]\n")
+        train, test = ([row for _, rows in done[part] for row in rows] for part in ("train", "test"))
+        for name, rows in (("conversations", train[::2]), ("pointing", train[1::2]), ("questions", test)):
+            lines = [json.dumps(row) for row in rows]
+            (new / f"{name}.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
         (new / "scenes.json").write_text(json.dumps(options) + "\n")
         os.rename(new, folder)
     finally:

@@ -20,13 +20,15 @@ COPIES = {  # files -> what is done with them in an empty folder
     "run": "assert run.setup()[:2] == (0, 1) and run.all_sum(2) == [2]",
     "demo/scenes": "assert scenes.write('s', 2, 1, 1, size=32, workers=0).is_dir()",
     "maskembed vit": f"s = maskembed.make_student(vit.ViT(vit.ViTConfig({TINY}))); maskembed.save(s, 's.safetensors')",
-    "vlm vit maskembed llama": "assert len(vlm.ADAPTERS) == 5 and vlm.TEMPLATES['llama'].piece('What?', 0)",
+    "decode": "assert decode.read(decode.write('ring', 'box', 2))[0].refs == range(2)",
+    "vlm vit maskembed llama decode": "assert len(vlm.ADAPTERS) == 5 and vlm.TEMPLATES['llama'].piece('What?', 0)",
 }
 MAY_IMPORT = {
     "masks": "", "vit": "", "llama": "", "data": "", "pictures": "", "run": "", "demo/scenes": "",
-    "maskembed": "vit", "vlm": "vit maskembed llama", "convert": "vit llama maskembed data",
+    "maskembed": "vit", "vlm": "vit maskembed llama decode pictures", "decode": "",
+    "convert": "vit llama maskembed data",
     "probe": "vit data pictures run demo", "train_align": "masks vit maskembed data pictures run demo",
-    "train_vlm": "vlm vit llama data run demo", "eval": "vlm data pictures run demo",
+    "train_vlm": "vlm vit llama decode data run demo", "eval": "vlm decode data pictures run demo",
 }  # fmt: skip
 
 
