@@ -6,7 +6,7 @@
 The language model writes triplets: what it means, what it points with, and a <REF> for each thing. Its last hidden
 states at the <REF>s are queries to a small decoder, which looks at the image's patches and finds the places. The other
 way round, a region of the image stands in a question as `<region>`: ten tokens made of the patches inside. Needs only
-vit.py, for its MLP.
+torch, numpy and pillow; copy it.
 
 Shapes: G triplets, n <REF>s of each, padded; B images, N patches, D the backbone's width, E the language model's,
 W the decoder's. Places are shares of the image's sides, x before y.
@@ -142,6 +142,10 @@ class PointerConfig:
     grid: int  # patches along each side
     width: int = 256
     depth: int = 3
+
+    def __post_init__(self) -> None:
+        if self.width % 32:
+            raise ValueError(f"a decoder of width {self.width}: give a multiple of 32, the width of its heads")
 
     @property
     def side(self) -> int:

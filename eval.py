@@ -447,18 +447,15 @@ def ask(model: vlm.VLM, name: str, batches: list[list[Item]], settings: dict, fi
             if kind == "choice":
                 answers = model.score(images, prompts, [item.choices for item in batch])
             elif kind == "places":
-                answers = [{"text": text, "places": [place for triplet in triplets for place in listed(triplet)]}
-                           for text, triplets in model.ground(images, prompts, 128, regions)]
+                answers = []
+                for text, triplets in model.ground(images, prompts, 128, regions):
+                    found = [x for triplet in triplets if triplet.places is not None for x in triplet.places.cpu()]
+                    found = [x.tolist() if x.ndim == 1 else data.run_lengths(x.numpy()) for x in found]  # boxes, masks
+                    answers.append({"text": text, "places": found})
             else:
                 answers = model.generate(images, prompts, max_new_tokens=128, regions=regions)  # greedy
             part.write("".join(json.dumps({"id": item.id, KEYS[kind]: a}) + "\n" for item, a in zip(batch, answers)))
             bar.update(len(batch))
-
-
-def listed(triplet: decode.Triplet) -> list[list[float] | dict]:
-    """Boxes as lists, masks as run lengths."""
-    places = [] if triplet.places is None else triplet.places.cpu()
-    return [place.tolist() if place.ndim == 1 else data.run_lengths(place.numpy()) for place in places]
 
 
 def rows_of(benchmark: Benchmark, parts: Sequence[str]) -> dict[str, Groups]:

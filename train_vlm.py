@@ -63,7 +63,7 @@ RECIPES: dict[str, dict[str, object]] = {
         "variant": "aligned-mlp", "epochs": 3, "batch": 32, "lr": 1.5e-3, "cache_features": True,
         "language": f"{HERE}/demo/language",
         "aligned": "runs/align/aligned.safetensors", "baseline": f"{HERE}/demo/teacher.safetensors",
-        "aligned scale": 1.05, "baseline scale": 0.37, "pointer_width": 128,
+        "aligned scale": 1.05, "baseline scale": 0.37, "pointing": {"pointer_width": 128, "epochs": 2},
     },
 }  # fmt: skip
 MAX_NORM = 1.0  # gradient norm (table 7)
@@ -114,13 +114,14 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
     add("--save-every", type=count, default=1000, help="updates between checkpoints")
     o, state = run.parse(parser, argv, FREE)
 
-    for name, value in RECIPES[o.recipe].items():
+    recipe = RECIPES[o.recipe] | (RECIPES[o.recipe].get("pointing", {}) if o.units else {})
+    for name, value in recipe.items():
         if getattr(o, name, "") is None:
             setattr(o, name, value)
     adapter, aligned = VARIANTS[o.variant]
     kind = "aligned" if aligned else "baseline"
-    o.weights = o.weights or RECIPES[o.recipe].get(kind)
-    scale = RECIPES[o.recipe].get(f"{kind} scale", 1.0) if adapter in ("mlp", "transformer") else 1.0  # new layers
+    o.weights = o.weights or recipe.get(kind)
+    scale = recipe.get(f"{kind} scale", 1.0) if adapter in ("mlp", "transformer") else 1.0  # new layers
     o.feature_scale = o.feature_scale or scale
     if o.recipe != "demo" and not (o.weights and o.language and o.data):
         parser.error(f"--recipe {o.recipe} needs --weights (backbone: {kind}), --language (Llama's folder) and --data")
@@ -304,8 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     weights = torch.tensor([1.0] + [POINTING] * len(o.units), device=device)
 
     while update < updates:
-        # 1. one update: the mean cross-entropy of all answer tokens, in micro-batches on all processes; and, where the
-        # model learns to point, the mean loss of each unit's places
+        # 1. one update: the mean loss of all answer tokens, and of all places, in micro-batches on all processes
         clock = time.perf_counter()
         lr = learning_rate(update, updates, o.warmup, o.lr)
         for group in optimizer.param_groups:

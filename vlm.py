@@ -329,8 +329,8 @@ class VLM(nn.Module):
             patches = self.patches(images)
             regions = [(image[row], region) for row, one in pointing for region in one.regions]
             x = self.embed(ids, [region for _, region in regions], patches[[i for i, _ in regions]])
-            there = torch.tensor([[bool(one)] for one in places], device=ids.device)  # another's <REF> is mere text
-            where = (ids == self.tokenizer.added[decode.REF]) & there
+            where = ids == self.tokenizer.added[decode.REF]
+            where &= torch.tensor([[bool(one)] for one in places], device=ids.device)  # another's <REF> is mere text
         else:
             x, where = self.embed(ids), torch.zeros_like(ids, dtype=torch.bool)
         if images is not None:
@@ -413,7 +413,7 @@ class VLM(nn.Module):
         return texts
 
     @torch.no_grad()
-    def ground(self, images: Sequence[Image.Image], prompts: Sequence[Prompt], max_new_tokens: int = 256,
+    def ground(self, images: Images, prompts: Sequence[Prompt], max_new_tokens: int = 256,
                regions: Regions = None) -> list[tuple[str, list[Triplet]]]:  # fmt: skip
         """Answers, each with the triplets in it and their places in pixels of the image (which is turned upright).
 
@@ -423,7 +423,7 @@ class VLM(nn.Module):
             raise ValueError("this model has no decoders for places; train one with train_vlm.py --units box,mask")
         ids, ref = self.answer(images, prompts, regions, max_new_tokens), self.tokenizer.added[decode.REF]
         found = [(text := self.tokenizer.decode(answer).strip(), decode.read(text)) for answer in ids]
-        if not (pointing := [i for i, (_, triplets) in enumerate(found) if triplets]):
+        if not (pointing := [i for i, (_, triplets) in enumerate(found) if triplets and images[i]]):
             return found
         pick = lambda each: each and [each[i] for i in pointing]
         x = self.language.hidden(*self.read(pick(images), pick(prompts), pick(regions), pick(ids)))  # [B', S, E]

@@ -214,3 +214,23 @@ def test_vlm(parts: Path, scenes: Path, tmp_path: Path):
     assert together == on_cpu.generate(images, questions, max_new_tokens=12)
     vlm.load(tmp_path / "bf16" / "model", torch.bfloat16, "cuda").generate(images, questions, max_new_tokens=12)
     print("ran: train_vlm.py in fp32 and bf16, FSDP2 under NCCL with one process, recomputed activations, generation")
+
+
+def test_pointing(parts: Path, scenes: Path, tmp_path: Path):
+    """Boxes and masks: FSDP2 and bf16 as above, and the places are those that a CPU finds."""
+    files = f"--weights {parts}/aligned.safetensors --language {parts}/llama --data {scenes}/pointing.json"
+    flags = f"--recipe own --variant aligned-mlp {files} --units box,mask --pointer-width 32 --batch 8 --epochs 1"
+    found = {}
+    for name, how in {"fp32": {}, "bf16": {}, "bf16-fsdp": {"ranks": 1}}.items():
+        more = ["--precision", name[:4], *["--fsdp"] * bool(how)]
+        command("train_vlm.py", *flags.split(), "--lr", 1e-3, "--workers", 2, "--out", tmp_path / name, *more, **how)
+        found[name] = sum((losses(tmp_path / name, key) for key in ("loss", "box", "mask")), [])
+        assert found[name] == pytest.approx(found["fp32"], rel=0.1)
+    image, answer = Image.open(scenes / "images" / "test" / "scene-000000.png"), []
+    for device in ("cuda", "cpu"):
+        model = vlm.load(tmp_path / "fp32" / "model", torch.float32, device)
+        ids = model.tokenizer.encode("<Phrase>ring</Phrase>(<Unit>box</Unit>[0]<REF>)")
+        model.language.generate = lambda **how: [ids]
+        answer.append(model.ground([image], ["Where is the ring?"])[0][1][0].places.cpu())
+    assert torch.allclose(*answer, atol=0.1)
+    print("ran: train_vlm.py --units in fp32 and bf16, FSDP2, ground")

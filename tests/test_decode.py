@@ -155,9 +155,9 @@ def test_losses_are_their_formulas():
         assert masks[g, i, j].item() == pytest.approx((20 * focal.mean() + dice).item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("n", range(1, 8))
+@pytest.mark.parametrize("n", range(1, 7))
 def test_matching_is_the_least_sum(n: int):
-    for seed in range(60 if n < 7 else 5):
+    for seed in range(60 if n < 6 else 10):
         cost = torch.rand(n, n, generator=torch.Generator().manual_seed(seed))
         cost = cost if seed % 2 else (3 * cost).round()  # also with ties
         pairs = decode.match(cost)
@@ -245,8 +245,8 @@ def test_models_that_point_are_saved_and_others_say_that_they_cannot(tmp_path: P
     assert "train one with train_vlm.py --units" in refusal(a_vlm(()).ground, [picture()], ["Where?"])
     picture().save(tmp_path / "a.png")
     argv = (tmp_path / "model", tmp_path / "a.png", "Where is it?", "--picture", tmp_path / "out.png")
-    process = launch("vlm.py", *argv, "--max-new-tokens", 4)
-    assert process.communicate()[1] == "" and Image.open(tmp_path / "out.png").size == (320, 320)
+    vlm.main([*map(str, argv), "--max-new-tokens", "4"])
+    assert Image.open(tmp_path / "out.png").size == (320, 320)
 
 
 # --- training, evaluation, conversion ---------------------------------------------------------------------------------
@@ -275,7 +275,8 @@ def train(*argv: object) -> None:
 
 def test_processes_micro_batches_and_resuming_change_nothing(base: list[str], tmp_path: Path):
     jobs = {name: launch("train_vlm.py", *base, "--out", tmp_path / name, *how, ranks=2)
-            for name, how in (("ddp", ["--micro-batch", 1]), ("fsdp", ["--fsdp", "--micro-batch", 2]))}  # fmt: skip
+            for name, how in (("ddp", ["--micro-batch", 1]), ("fsdp", ["--fsdp", "--micro-batch", 2]),
+                              ("bf16", ["--fsdp", "--precision", "bf16"]))}  # fmt: skip
     train(*base, "--out", tmp_path / "whole", "--plan")
     train(*base, "--out", tmp_path / "one")
     expected = log_of(tmp_path / "one")
@@ -292,6 +293,7 @@ def test_processes_micro_batches_and_resuming_change_nothing(base: list[str], tm
         for key in ("loss", "box", "mask"):
             assert losses(tmp_path / name, key) == pytest.approx(losses(tmp_path / "one", key), rel=1e-5), name
     assert losses(tmp_path / "half")[3:] == losses(tmp_path / "one")[3:]
+    assert losses(tmp_path / "bf16", "mask") == pytest.approx(losses(tmp_path / "one", "mask"), rel=0.02)
 
 
 def test_rows_whose_text_is_cut_off_are_left_out(base: list[str], tmp_path: Path):
