@@ -3,8 +3,9 @@
 Pairs of models that differ in the backbone alone, over paired seeds: a seed is that of the scenes, of the alignment, of
 the order of the data and of new weights. The scenes and the aligned backbones are those of benchmarks/locality.py,
 which runs first. What an earlier call finished in runs/vision-language is kept. Prints a table of the mean scores of
-each kind of question and of the differences, with standard errors; writes the radar chart of the first pair (radar.png)
-and questions that one of its models answers right and the other one wrong (answers.png).
+each kind of question and of the differences, with standard errors; writes the first pair's radar chart (radar.png),
+questions that one of its models answers right and the other one wrong (answers.png), and what a pair points at
+(pointing.png).
 """
 
 import argparse
@@ -22,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import eval as evaluation
 import pictures
 
-OUT, UPDATES = Path("runs/vision-language"), 800
+OUT = Path("runs/vision-language")
 PAIRS = {  # baseline, aligned
     "mlp": ("baseline-mlp", "aligned-mlp"),
     "transformer": ("baseline-transformer", "aligned-decoder"),
@@ -39,9 +40,10 @@ def train_and_ask(job: tuple[str, int]) -> None:
     out, scenes = OUT / f"{variant}-{seed}", LOCALITY / f"scenes-{seed}"
     weights = backbone("teacher" if variant.startswith("baseline") else "maskembed", seed)
     if not (out / "model/config.json").exists():
-        file = "pointing.json --units box,mask" if variant.endswith("pointing") else "conversations.json"
+        pointing = variant.endswith("pointing")
+        file = "pointing.json --units box,mask --updates 800" if pointing else "conversations.json --updates 1000"
         flags = f"--variant {variant.removesuffix('-pointing')} --weights {weights} --data {scenes}/{file}"
-        flags += f" --seed {seed} --out {out} --workers 0 --updates {UPDATES}"
+        flags += f" --seed {seed} --out {out} --workers 0"
         flags += " --resume" * any(out.glob("checkpoints/update-*"))
         command(OUT / f"logs/train-{variant}-{seed}.txt", ROOT / "train_vlm.py", *flags.split())
     kinds = KINDS if variant.endswith("pointing") else PLAIN
