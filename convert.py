@@ -423,17 +423,14 @@ def convert_conversations(source: str | Path, target: str | Path) -> str:
     return f"{target}: {len(rows):,} conversations; the paths of their images start from --images"
 
 
-Pointing = tuple[str, list[tuple[str, str, str, list]]]  # an image; question, name, unit and places of each answer
-
-
-def references(file: str | Path) -> Iterator[Pointing]:
-    """RefCOCO's training part: the sentences about a thing ask in turn for a box and for a mask."""
+def references(file: str | Path) -> Iterator[tuple[str, list]]:
+    """RefCOCO's training part as arguments of `pointing_row`: a thing's sentences ask in turn for a box and a mask."""
     for ref in (ref for ref in data.refs(file) if ref.split == "train"):
         asked = zip(ref.sentences.values(), itertools.cycle(("box", "mask")))
         yield ref.image, [(f"Where is {s}? Point with a {unit}.", s, unit, [getattr(ref, unit)]) for s, unit in asked]
 
 
-def instances(content: dict, most: int = 20) -> Iterator[Pointing]:
+def instances(content: dict, most: int = 20) -> Iterator[tuple[str, list]]:
     """COCO's instances: of each image the classes with at most `most` things and no crowd, in turn boxes and masks."""
     names, images = {one["id"]: one["name"] for one in content["categories"]}, {}
     for one in content["annotations"]:
@@ -452,7 +449,7 @@ def instances(content: dict, most: int = 20) -> Iterator[Pointing]:
 
 
 def pointing_row(image: str, asked: list[tuple[str, str, str, list]]) -> dict:
-    """A row for train_vlm.py --units; the answers are triplets (decode.py)."""
+    """A row for train_vlm.py --units. asked: question; name, unit and places of its answer, a triplet (decode.py)."""
     turns, targets = [], {}
     for question, name, unit, places in asked:
         refs = "".join(f"[{i}]<REF>" for i in range(len(places)))

@@ -16,7 +16,6 @@ from PIL.Image import Resampling
 
 # The colors of Okabe and Ito, which color-blind readers and a printer can tell apart
 LINES = ((95, 95, 95), (213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0))
-Color = tuple[int, int, int]
 Font, Point = ImageFont.ImageFont | ImageFont.FreeTypeFont, tuple[float, float]
 GRAY, FAINT = (110, 110, 110), (205, 205, 205)
 
@@ -106,7 +105,7 @@ def card(image: Image.Image, lines: Sequence[tuple[str, str]], boxes: Sequence[t
     return sheet
 
 
-def point(image: Image.Image, places: Sequence[tuple[str | Color, np.ndarray]], width: int = 320) -> Image.Image:
+def point(image: Image.Image, places: Sequence[tuple[str | tuple, np.ndarray]], width: int = 320) -> Image.Image:
     """An image of that width with boxes [n, 4] (x1, y1, x2, y2) and masks bool [n, H, W] in colors; all in pixels."""
     size = width, max(1, round(width * image.height / image.width))
     sheet, boxes = image.convert("RGB").resize(size, Resampling.BICUBIC), []
