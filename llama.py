@@ -196,7 +196,7 @@ class Llama(nn.Module):
     def forward(
         self, ids: Tensor | None = None, embeds: Tensor | None = None, mask: Tensor | None = None,
         cache: Cache | None = None, positions: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Logits of the next token after each token, or after some: [B, n, W]. (Those after padding mean nothing.)
         ids [B, T] or embeds [B, T, D]: the tokens, one or the other.
         mask: [B, T], 1 = token, 0 = padding, on either side. None: no padding (or, without a cache, on the right).
@@ -254,7 +254,7 @@ class Llama(nn.Module):
     def stream(
         self, ids: Tensor | None = None, embeds: Tensor | None = None, mask: Tensor | None = None, stop: int | None = 2,
         max_new_tokens: int = 256, temperature: float = 0.0, generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:  # fmt: skip
+    ) -> Iterator[Tensor]:
         """Continue B prompts (see `forward`): yields ids [B], one of each sequence at a time.
         stop: the id that ends a sequence (</s>) and then fills it until all have ended; None: no id does.
         max_new_tokens: at most this many, and no more than the context has room for. ValueError: none at all.
@@ -417,7 +417,7 @@ def fill(model: Llama, folder: str | Path) -> None:
 
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-         least: int = 0) -> Llama:  # fmt: skip
+         least: int = 0) -> Llama:
     """A model with a folder's config and weights, in evaluation mode. The rest: see `read_config` and `fill`."""
     with torch.device("meta"):  # no memory and no time for initial values that the files replace
         model = Llama(read_config(folder, least)).to(dtype)

@@ -152,9 +152,11 @@ def check_finite(in_row: int, update: int) -> None:
 def ended(name: str) -> Iterator[None]:
     """Around a command: an error that its user can fix ends it with one sentence and exit status 1."""
     hasattr(sys.stdout, "reconfigure") and sys.stdout.reconfigure(errors="backslashreplace")  # for any terminal
+    done = False
     try:
         yield
         barrier()
+        done = True
     except (ValueError, OSError) as error:
         text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
         text = re.sub(r"Caught .*\n\w+: ", "", text, flags=re.DOTALL)  # what torch adds to a data worker's error
@@ -172,6 +174,8 @@ def ended(name: str) -> Iterator[None]:
             bar.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+        if done and dist.is_torchelastic_launched():  # at once: gloo's last threads can abort a Python that ends
+            sys.stdout.flush(), sys.stderr.flush(), os._exit(0)
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

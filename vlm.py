@@ -293,13 +293,16 @@ class VLM(nn.Module):
         """Those of the patches, without prefix tokens, for the decoder: [B, M, D] -> [B, N, D]."""
         return features[:, -self.config.vision.num_patches :].to(next(self.adapter.parameters()).dtype)
 
-    def embed(self, ids: Tensor, regions: Sequence[Tensor] = (), patches: Tensor | None = None) -> Tensor:
-        """Token embeddings [B, T, E]. regions: for each <region> of the batch the share of each patch inside, [N];
-        patches: of its image, [r, N, D]."""
+    def embed(self, ids: Tensor, rows: Sequence[int] = (), regions: Sequence[Tensor] = (),
+              patches: Tensor | None = None) -> Tensor:
+        """Token embeddings [B, T, E]. rows: the samples whose <region>s are more than text. regions: for each of these
+        <region>s the share of each patch inside, [N]; patches: of its image, [r, N, D]."""
         x = self.language.embed(ids)
         if len(regions):
+            inside = torch.zeros_like(ids, dtype=torch.bool)
+            inside[rows] = ids[rows] == self.tokenizer.added[decode.REGION]
             tokens = self.pointer.prompts(torch.stack(list(regions)).to(x.device), patches)  # [r, 10, E]
-            x = x.masked_scatter((ids == self.tokenizer.added[decode.REGION])[..., None], tokens.to(x.dtype))
+            x = x.masked_scatter(inside[..., None], tokens.to(x.dtype))
         return x
 
     def join(self, x: Tensor, mask: Tensor, tokens: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -313,7 +316,7 @@ class VLM(nn.Module):
         return insert(x, image), insert(mask, mask.new_zeros(B, M).index_fill(0, rows, 1))
 
     def forward(self, ids: Tensor, labels: Tensor, images: Tensor | None = None, rows: Tensor | None = None,
-                places: Sequence[decode.Places | None] = ()) -> Tensor:  # fmt: skip
+                places: Sequence[decode.Places | None] = ()) -> Tensor:
         """The summed losses, float32 [1 + units]: of all labels, and of the places of each unit (decode.py). The caller
         divides each by its number in the global batch.
 
@@ -328,9 +331,10 @@ class VLM(nn.Module):
             image = {row: i for i, row in enumerate(range(len(ids)) if rows is None else rows.tolist())}
             patches = self.patches(images)
             regions = [(image[row], region) for row, one in pointing for region in one.regions]
-            x = self.embed(ids, [region for _, region in regions], patches[[i for i, _ in regions]])
-            where = ids == self.tokenizer.added[decode.REF]
-            where &= torch.tensor([[bool(one)] for one in places], device=ids.device)  # another's <REF> is mere text
+            mine = [row for row, _ in pointing]  # in other samples, <REF> and <region> are mere text
+            x = self.embed(ids, mine, [region for _, region in regions], patches[[i for i, _ in regions]])
+            where = torch.zeros_like(ids, dtype=torch.bool)
+            where[mine] = ids[mine] == self.tokenizer.added[decode.REF]
         else:
             x, where = self.embed(ids), torch.zeros_like(ids, dtype=torch.bool)
         if images is not None:
@@ -341,8 +345,7 @@ class VLM(nn.Module):
                 x, labels, where = move_padding(mask, False, x, labels, where)
         x = self.language.hidden(x)
         losses = torch.stack([self.language.hidden_loss(x, labels, reduction="sum")])
-        if pointing:
-            targets = [(image[row], *triplet) for row, one in pointing for triplet in one.triplets]
+        if targets := [(image[row], *triplet) for row, one in pointing for triplet in one.triplets]:
             of, units, places = zip(*targets)
             states = x[where].split(list(map(len, places)))  # of the <REF>s of each triplet, [n, E]
             losses = torch.cat([losses, self.pointer.loss(states, patches, of, units, places)])
@@ -353,7 +356,7 @@ class VLM(nn.Module):
         return losses
 
     def read(self, images: Images, prompts: Sequence[Prompt], regions: Regions = None,
-             answers: Sequence[list[int]] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+             answers: Sequence[list[int]] | None = None) -> tuple[Tensor, Tensor]:
         """Embeddings [B, S, E] of prompts with their images, and ids of answers, padded on the left, and their mask
         [B, S]. An image that several prompts share (the same object) is encoded once."""
         images = list(images)  # one look at each: a sequence that opens its files would give new objects the next time
@@ -380,9 +383,9 @@ class VLM(nn.Module):
             pixels += pixels[:1] * ((1 << (len(pixels) - 1).bit_length()) - len(pixels))  # few shapes to compile
             features = self.features(torch.stack(pixels).to(device))
             inside = [decode.region(region, vit.upright(images[i]).size, self.config.vision.grid)
-                      for i in rows for region in regions[i]] if regions else []  # fmt: skip
+                      for i in rows for region in regions[i]] if regions else []
             of = [n for n, i in zip(which, rows) for _ in (regions[i] if regions else ())]
-            embeds = self.embed(ids, inside, self.patches(features)[of])
+            embeds = self.embed(ids, rows, inside, self.patches(features)[of])
             tokens = self.encode_images(features)[which]  # [B', M, E]
             embeds, mask = self.join(embeds, mask, tokens, torch.tensor(rows, device=device))
         else:
@@ -391,7 +394,7 @@ class VLM(nn.Module):
         return embeds[:, -longest:], mask[:, -longest:]  # without columns that are all padding
 
     def generate(self, images: Images, prompts: Sequence[Prompt], max_new_tokens: int = 128, temperature: float = 0.0,
-                 generator: torch.Generator | None = None, regions: Regions = None) -> list[str]:  # fmt: skip
+                 generator: torch.Generator | None = None, regions: Regions = None) -> list[str]:
         """Answers to B prompts of any lengths, stripped. In float32 each answer is the one that the prompt gets alone.
 
         temperature: 0 takes the most likely token; otherwise tokens are sampled with the generator.
@@ -401,7 +404,7 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def answer(self, images: Images, prompts: Sequence[Prompt], regions: Regions, max_new_tokens: int,
-               temperature: float = 0.0, generator: torch.Generator | None = None) -> list[list[int]]:  # fmt: skip
+               temperature: float = 0.0, generator: torch.Generator | None = None) -> list[list[int]]:
         """The ids of the answers. Arguments: see `generate`."""
         embeds, mask = self.read(images, prompts, regions)
         options = dict(max_new_tokens=max_new_tokens, temperature=temperature, generator=generator)
@@ -414,7 +417,7 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def ground(self, images: Images, prompts: Sequence[Prompt], max_new_tokens: int = 256,
-               regions: Regions = None) -> list[tuple[str, list[Triplet]]]:  # fmt: skip
+               regions: Regions = None) -> list[tuple[str, list[Triplet]]]:
         """Answers, each with the triplets in it and their places in pixels of the image (which is turned upright).
 
         An answer that points is read once more with its prompt, as in training, for its states at the <REF>s.
@@ -492,7 +495,7 @@ def load_vision(path: str | Path, config: str | ViTConfig | None = None) -> ViT 
 
 def build(vision: ViT | Student, language: Llama, tokenizer: Tokenizer, adapter: str, second: ViT | None = None,
           template: Template = TEMPLATES["llama"], max_text: int = 2048, feature_scale: float = 1.0,
-          units: Sequence[str] = (), **pointer: int) -> VLM:  # fmt: skip
+          units: Sequence[str] = (), **pointer: int) -> VLM:
     """A model of pre-trained parts, with the adapter as it is before training.
 
     vision: an aligned model (`maskembed.load`), or a plain backbone as a baseline (`vit.load`). Its frozen part and the

@@ -232,6 +232,23 @@ def test_pointing_sees_the_states_of_training_and_of_generation(monkeypatch):
         assert torch.allclose(alone[0].places, triplets[0].places, atol=1e-3)
 
 
+def test_samples_do_not_change_each_other():
+    """A batch's loss is the sum of its samples': one points, one has a region alone, one the tokens as mere text."""
+    model, turns, batch, alone = a_vlm(), [], [], 0
+    for question, answer, targets in (
+        ("Where?", TEXT, {"box": [[1, 2, 30, 20]], "mask": [np.eye(32) > 0] * 2}),
+        ("What is in <region>?", "bar", {"region": [[3, 4, 30, 31]]}),
+        ("What is <region>, <REF>?", "A <REF>", None),
+    ):
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        places = decode.encode(turns, targets, (32, 32), model.config.pointer) if targets else None
+        ids, labels = vlm.encode(model.tokenizer, model.config.template, turns)
+        batch.append(data.Example(ids, labels, vlm.prepare(picture(len(batch)), model.config.vision), None, places))
+        alone = alone + model(**data.collate_conversations(batch[-1:])[0])
+    together = model(**data.collate_conversations(batch[::-1])[0])
+    assert torch.allclose(together, alone, rtol=1e-4) and (alone > 0).all()
+
+
 def test_models_that_point_are_saved_and_others_say_that_they_cannot(tmp_path: Path, monkeypatch):
     model = a_vlm()
     vlm.save(model, tmp_path / "model")
@@ -314,8 +331,8 @@ def test_scores_of_pointing():
     masks[0][:2], masks[1][:3] = True, True
     small, large = map(data.run_lengths, masks)
     assert evaluation.pointed(0.0, {"places": [small]}, {"mask": [large]}) == pytest.approx(2 / 3)
-    assert evaluation.pointed(0.0, {"places": [small]}, truth) == 0 == evaluation.pointed_all({"places": [[0, 0, 4, 4]]},
-                                                                                             {"mask": [large]})
+    assert evaluation.pointed(0.0, {"places": [small]}, truth) == 0  # a mask, where a box was asked for
+    assert evaluation.pointed_all({"places": [[0, 0, 4, 4]]}, {"mask": [large]}) == 0
     items = [evaluation.Item("", Path(), "", {"mask": [mask]}) for mask in (large, small)]
     assert evaluation.cumulative_iou(items, [{"places": [small]}, {"places": []}]) == pytest.approx(12 / 30)
 
