@@ -123,30 +123,27 @@ class ImageFolder(Strings):
 def list_images(root: str) -> list[bytes]:
     """The path of each image below `root`. Many folders are listed at once, as network storage is slow to answer."""
 
-    def scan(folder: str, above: tuple) -> tuple[str, object, list[bytes], list]:
-        """The folder, its identity, its images, and its subfolders, each with the identities of all above it."""
+    def scan(folder: str) -> tuple[str, tuple[int, int], list[bytes], list[str]]:
+        """The folder, its identity, its images, and its subfolders."""
         status, start, names, below = os.stat(os.path.join(root, folder)), os.path.join(folder, ""), [], []
-        identity = status.st_dev, status.st_ino
         with os.scandir(os.path.join(root, folder)) as entries:
-            for entry in entries:  # the directory itself tells files from folders: no file is touched
-                if entry.name.startswith(".") or identity in above:  # links can make a folder its own ancestor
-                    continue
+            for entry in (entry for entry in entries if not entry.name.startswith(".")):
                 if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir(follow_symlinks=False):
-                    names.append(entry.name + "/")
+                    names.append(entry.name)  # as the directory itself says: no file is touched
                     continue
                 with suppress(OSError):  # of a link to itself
-                    below += [(start + entry.name, (*above, identity))] if entry.is_dir() else []
-        return folder, identity, [os.fsencode(start + name[:-1]) for name in sorted(names)], below
+                    below += [start + entry.name] * entry.is_dir()
+        return folder, (status.st_dev, status.st_ino), [os.fsencode(start + name) for name in sorted(names)], below
 
-    found, level = [], [("", ())]
+    found, known, level = {}, set(), [""]
     with ThreadPoolExecutor(16) as pool:
         while level:
-            listings = list(pool.map(lambda folder: scan(*folder), level))
-            level = [folder for *_, below in listings for folder in below]
-            found += listings
-    found.sort(key=lambda listing: listing[0].split("/"), reverse=True)  # if links lead to a folder in several ways,
-    folders = {identity: (folder, paths) for folder, identity, paths, _ in found}  # the first one, depth first, counts
-    return [path for _, paths in sorted(folders.values()) for path in paths]
+            listings, level = list(pool.map(scan, sorted(level))), []
+            for folder, identity, paths, below in listings:
+                if identity not in known:  # links can lead to a folder in several ways, also to one above
+                    known.add(identity), level.extend(below)
+                    found[folder] = paths
+    return [path for _, paths in sorted(found.items()) for path in paths]
 
 
 # --- from a file to an augmented crop (appendix C) --------------------------------------------------------------------

@@ -16,6 +16,7 @@ import json
 import re
 import string
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -346,7 +347,6 @@ CHOICE = dict(kind="choice", metrics=aucs, score=lambda probabilities, truth: fl
 BOXES = dict(kind="box", metrics=lambda items, answers: {"readable": len([*filter(parse_box, answers)]) / len(items)})
 YES, TRUE = dict(choices=("Yes", "No"), **CHOICE), dict(choices=("True", "False"), **CHOICE)
 HALF = dict(score=partial(box_found, 0.5), **BOXES)
-POINT = "Where is {q}? Point with a "
 AT_BOX = dict(kind="places", score=partial(pointed, 0.5), metrics=lambda items, answers: {
     "at 0.75": float(np.mean([pointed(0.75, answer, item.truth) for item, answer in zip(items, answers)]))})
 AT_MASK = dict(kind="places", score=partial(pointed, 0.0), metrics=lambda items, answers: {
@@ -387,18 +387,16 @@ BENCHMARKS: dict[str, Benchmark] = {
     **{f"scenes-{kind}": Benchmark(title, partial(read_scenes, kind), SCENES, "{q}", **how) for kind, title, how in (
        ("presence", "presence", YES), ("count", "counting", {}), ("color", "color", {}),
        ("relation", "relation", dict(score=concluded)), ("where", "position", {}), ("at", "patch", {}),
-       ("refer", "referring", HALF), ("caption", "caption", {}))},
-}  # fmt: skip
-POINTING: dict[str, Benchmark] = {  # for models trained with --units; not the paper's
-    **{f"{name}-{unit}": Benchmark(f"{title}, {unit}", partial(read_refcoco, name, refs, unit=unit),
-                                   BENCHMARKS[name].files, f"{POINT}{unit}.", **how)
-       for name, title, refs in REFCOCO for unit, how in (("box", AT_BOX), ("mask", AT_MASK))},
-    **{f"scenes-{kind}": Benchmark(title, partial(read_scenes, kind), SCENES, "{q}", **how) for kind, title, how in (
+       ("refer", "referring", HALF), ("caption", "caption", {}),
        ("refer-box", "referring by box", AT_BOX), ("refer-mask", "referring by mask", AT_MASK),
        ("all-box", "all of a kind by boxes", ALL), ("all-mask", "all of a kind by masks", ALL),
        ("region", "region", {}))},
 }  # fmt: skip
-BENCHMARKS |= POINTING
+BENCHMARKS |= {f"{name}-{unit}": Benchmark(f"{title}, {unit}", partial(read_refcoco, name, refs, unit=unit),
+                                           BENCHMARKS[name].files, f"Where is {{q}}? Point with a {unit}.", **how)
+               for name, title, refs in REFCOCO for unit, how in (("box", AT_BOX), ("mask", AT_MASK))}
+# For models trained with --units; not the paper's
+POINTING = [name for name, benchmark in BENCHMARKS.items() if benchmark.kind == "places"] + ["scenes-region"]
 KEYS = {"text": "answer", "box": "answer", "choice": "probabilities", "places": "answer"}  # kind -> its name in files
 
 
@@ -501,18 +499,18 @@ def report(name: str, items: list[Item], by_id: dict[str, Answer], settings: dic
 
 
 def failure(kind: str, item: Item, answer: Answer) -> Image.Image:
-    """A picture of one wrong answer; of boxes, the true one is green and the model's red."""
-    truth, boxes, names = item.truth, [], item.options or item.choices
+    """A picture of one wrong answer; of boxes and masks, the true ones are green and the model's red."""
+    image, truth, names, places = item.picture(), item.truth, item.options or item.choices, []
     if kind == "choice":
         answer, truth = f"{names[int(np.argmax(answer))]} ({max(answer):.0%})", names[truth]
+    elif kind == "box":
+        boxes = ("lime", truth), ("red", parse_box(answer))
+        places = [(color, [np.multiply(box, 2 * image.size)]) for color, box in boxes if box]
     elif kind == "places":
         places = [("lime", pixels(*truth.values())), ("red", pixels(answer["places"]))]
-        lines = [(item.question, "black"), (answer["text"], "red")]
-        return pictures.card(pictures.point(item.picture(), places), lines)
-    elif kind == "box":
-        boxes = [(box, color) for box, color in ((truth, "lime"), (parse_box(answer), "red")) if box]
+        answer, truth = answer["text"], ", ".join(truth)
     lines = [(item.question, "black"), (f"answer: {answer}", "red"), (f"truth: {truth}", "green")]
-    return pictures.card(item.picture(), lines, boxes)
+    return pictures.card(pictures.point(image, places), lines)
 
 
 def conclude(out: Path) -> None:
@@ -576,21 +574,19 @@ def compare(folders: Sequence[str], out: Path, each: int | None) -> None:
 
 def read_answers(path: Path, name: str, items: list[Item]) -> dict[str, Answer]:
     """Another program's answers: a list of {"id", "answer"}, for choices {"id", "probabilities"}, or eval.py's file."""
-    key, rows, asked, answers = KEYS[BENCHMARKS[name].kind], read_json(path), {item.id: item for item in items}, {}
+    key, rows = KEYS[BENCHMARKS[name].kind], read_json(path)
     rows = rows.get("answers") if isinstance(rows, dict) else rows
     if not isinstance(rows, list) or not all(isinstance(row, dict) and {"id", key} <= row.keys() for row in rows):
         raise ValueError(f'{path}: give a list of {{"id", "{key}"}}')
-    for number, row in enumerate(rows, 1):
-        where, identity, value = f"{path}, entry {number}", str(row["id"]), row[key]
-        if identity not in asked:
-            raise ValueError(f"{where}: id {identity} is not a question's, is answered twice, or is beyond --limit")
-        n = len(asked.pop(identity).choices)
+    asked, given = Counter(item.id for item in items), Counter(str(row["id"]) for row in rows)
+    if odd := (asked - given) | (given - asked):
+        raise ValueError(f"{path}: id {min(odd)} lacks an answer, has two, or is no question's; is --limit the same?")
+    answers = {str(row["id"]): row[key] for row in rows}
+    for item in items:
+        value, n = answers[item.id], len(item.choices)
         numbers = isinstance(value, list) and len(value) == n and all(type(p) in (int, float) for p in value)
         if not (numbers and min(value) >= 0 and abs(sum(value) - 1) < 1e-3 if n else isinstance(value, (str, dict))):
-            raise ValueError(f"{where}: give {f'{n} probabilities with the sum 1' if n else 'the text of the answer'}")
-        answers[identity] = value
-    if asked:
-        raise ValueError(f"{path}: lacks {len(asked)} of {len(items)} answers, such as {min(asked)}; give them all")
+            raise ValueError(f"{path}, id {item.id}: give {f'{n} probabilities with the sum 1' if n else 'a text'}")
     return answers
 
 

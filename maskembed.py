@@ -66,25 +66,15 @@ def crop_windows(images: Tensor, masks: Tensor, patch_size: int) -> Tensor:
     return torch.cat(crops)
 
 
-class TargetScale:
-    """The constant that gives the targets unit variance around one scalar mean (over tokens, channels and views).
+def moments(targets: Tensor) -> Tensor:
+    """Count, sum and sum of squares of targets of any shape, float64 [3]. Those of all batches and ranks may be added."""
+    count = targets.new_tensor(targets.numel(), dtype=torch.float64)
+    return torch.stack([count, targets.sum(dtype=torch.float64), targets.float().square().sum(dtype=torch.float64)])
 
-    Feed it the targets of the validation set; `sums` (float64: count, sum, sum of squares) may be summed over ranks."""
 
-    def __init__(self):
-        self.sums = [0.0, 0.0, 0.0]
-
-    def add(self, targets: Tensor) -> None:
-        """Count targets of any shape."""
-        self.sums[0] += targets.numel()
-        self.sums[1] += targets.sum(dtype=torch.float64).item()
-        self.sums[2] += targets.float().square().sum(dtype=torch.float64).item()
-
-    @property
-    def value(self) -> float:
-        """1 / standard deviation."""
-        count, total, squares = self.sums
-        return (squares / count - (total / count) ** 2) ** -0.5
+def target_scale(count: float, total: float, squares: float) -> float:
+    """1 / standard deviation, by these moments: the factor that gives the targets unit variance (around one mean)."""
+    return (squares / count - (total / count) ** 2) ** -0.5
 
 
 # --- h(m(g(x))): the student ------------------------------------------------------------------------------------------

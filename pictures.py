@@ -83,12 +83,8 @@ def legend(picture: Image.Image, colors: dict[str, tuple[int, int, int]]) -> Ima
     return sheet
 
 
-Box = Sequence[float]  # x1, y1, x2, y2 from the upper left corner, as fractions of the width and height
-
-
-def card(image: Image.Image, lines: Sequence[tuple[str, str]], boxes: Sequence[tuple[Box, str]] = (),
-         width: int = 320) -> Image.Image:
-    """An image of that width, with boxes of given colors, above lines of text of given colors, which are wrapped."""
+def card(image: Image.Image, lines: Sequence[tuple[str, str]], width: int = 320) -> Image.Image:
+    """An image of that width above lines of text of given colors, which are wrapped."""
     font = ImageFont.load_default(13)
     scale = min(width / image.width, 2 * width / image.height)  # at most twice as high as the card is wide
     size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
@@ -96,12 +92,8 @@ def card(image: Image.Image, lines: Sequence[tuple[str, str]], boxes: Sequence[t
     rows = [(row, color) for part, color in paragraphs for row in textwrap.wrap(part, width // 7)]
     sheet = Image.new("RGB", (width, size[1] + 6 + 17 * len(rows)), "white")
     sheet.paste(image.convert("RGB").resize(size, Resampling.BICUBIC))
-    draw = ImageDraw.Draw(sheet)
-    for (x1, y1, x2, y2), color in boxes:
-        corners = [share * (side - 1) for share, side in zip((x1, y1, x2, y2), 2 * size)]
-        draw.rectangle(corners, outline=color, width=3)
     for number, (row, color) in enumerate(rows):
-        draw.text((0, size[1] + 4 + 17 * number), row, color, font)
+        ImageDraw.Draw(sheet).text((0, size[1] + 4 + 17 * number), row, color, font)
     return sheet
 
 

@@ -168,7 +168,7 @@ def validate(o: argparse.Namespace, rank: int, world: int, log: run.Log, teacher
     device, config, mine = next(student.parameters()).device, teacher.config, range(rank, len(images), world)
     how = {"num_workers": o.workers, "collate_fn": data.collate, "worker_init_fn": run.ignore_signals}
     loader, step = DataLoader(Subset(images, mine), o.micro_batch, **how), o.micro_batch * world
-    measure, total, bad = maskembed.TargetScale(), 0.0, 0
+    sums, total, bad = torch.zeros(3, dtype=torch.float64), 0.0, 0
     for first, (pixels, names) in zip(range(rank, len(images), step), loader):
         m = draw_masks(o, config.grid, 0, 2**40, range(first, first + step, world)).to(device)
         here, count = len(pixels), len(m) // o.micro_batch * len(pixels)  # the last batch is filled up: one shape
@@ -177,15 +177,15 @@ def validate(o: argparse.Namespace, rank: int, world: int, log: run.Log, teacher
         with run.autocast(o.precision, device):
             target = maskembed.teacher_targets(teacher, x, m, o.target)[:count]
             if scale is None:
-                measure.add(target)
+                sums += maskembed.moments(target).cpu()
             else:
                 loss = maskembed.reconstruction_loss(student(x, m)[:count], target * scale, m[:count], o.loss)
                 total += loss.item() * here
         log.once("unreadable, replaced by another image", names)
         bad += len(names)
-    total, bad, *measure.sums = run.all_sum(total, bad, *measure.sums)
+    total, bad, *sums = run.all_sum(total, bad, *sums.tolist())
     data.check_unreadable(int(bad), len(images))
-    return measure.value if scale is None else total / len(images)
+    return maskembed.target_scale(*sums) if scale is None else total / len(images)
 
 
 @torch.no_grad()

@@ -364,7 +364,8 @@ class VLM(nn.Module):
             raise ValueError(f"{len(images)} images for {len(prompts)} prompts; give one image, or None, for each")
         turns = [[{"from": "human", "value": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
         texts = [encode(self.tokenizer, self.config.template, conversation)[0] for conversation in turns]
-        for text, inside in zip(texts, regions or [()] * len(texts)):
+        regions = regions or [()] * len(texts)
+        for text, inside in zip(texts, regions):
             if (count := text.count(self.tokenizer.added.get(decode.REGION, -1)) // decode.TOKENS) != len(inside):
                 raise ValueError(f"{len(inside)} regions for {count} {decode.REGION}; give one for each in the prompt")
         texts = [text + answer for text, answer in zip(texts, answers or [[]] * len(texts))]
@@ -383,8 +384,8 @@ class VLM(nn.Module):
             pixels += pixels[:1] * ((1 << (len(pixels) - 1).bit_length()) - len(pixels))  # few shapes to compile
             features = self.features(torch.stack(pixels).to(device))
             inside = [decode.region(region, vit.upright(images[i]).size, self.config.vision.grid)
-                      for i in rows for region in regions[i]] if regions else []
-            of = [n for n, i in zip(which, rows) for _ in (regions[i] if regions else ())]
+                      for i in rows for region in regions[i]]
+            of = [n for n, i in zip(which, rows) for _ in regions[i]]
             embeds = self.embed(ids, rows, inside, self.patches(features)[of])
             tokens = self.encode_images(features)[which]  # [B', M, E]
             embeds, mask = self.join(embeds, mask, tokens, torch.tensor(rows, device=device))

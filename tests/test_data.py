@@ -41,17 +41,16 @@ def touch(root: Path, *files: str) -> Path:
 
 
 def test_images_are_found_at_any_depth_in_order(tmp_path):
-    """Links are followed, a folder counts once, where a walk depth first finds it; hidden names are skipped."""
+    """Links are followed, a folder counts once, where the fewest folders lead to it; hidden names are skipped."""
     odd = os.fsdecode("b/ü é".encode() + b"\xff.jpg")
-    tree = ["top.png", "a/y.jpg.tif", "a/y.jpg", "a b/x.jpg", "a/deep/er/x.webp", "b/1.jpg", "b/2.JPEG", odd]
+    tree = ["top.png", "a/y.jpg", "a/y.jpg.tif", "a b/x.jpg", "a/deep/er/x.webp", "b/1.jpg", "b/2.JPEG", odd]
     root = touch(tmp_path / "root", *reversed(tree), ".hid/z.jpg", "a/._y.tif", "b/note.txt")
     assert names(ImageFolder(root)) == names(ImageFolder(f"{root}/")) == tree
     touch(tmp_path / "elsewhere", "e.jpg")
     for link in ("linked elsewhere", "a/loop root", "link.jpg elsewhere/e.jpg", "a/to-b root/b"):
         os.symlink(tmp_path / link.split()[1], root / link.split()[0])
     folder = pickle.loads(pickle.dumps(ImageFolder(root)))
-    again = ["a/to-b/1.jpg", "a/to-b/2.JPEG", odd.replace("b/", "a/to-b/")]
-    assert names(folder) == ["link.jpg", *tree[:5], *again, "linked/e.jpg"]
+    assert names(folder) == ["link.jpg", *tree, "linked/e.jpg"]
     assert not any(isinstance(value, (list, tuple)) for value in vars(folder).values())  # millions of Python objects
 
 

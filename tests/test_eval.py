@@ -291,10 +291,12 @@ def test_answers_of_other_programs(files: Path, tmp_path: Path, capsys, monkeypa
     printed = score("vsr", [{"id": i, "probabilities": [p, 1 - p]} for i, p in enumerate((0.2, 0.9, 0.4))])
     assert "| VSR | 3 | 66.67 |" in printed and "ROC AUC 100.00, AP 100.00" in printed
     drawn, boxes = [], ("[0.16, 0.62, 0.37, 0.99]", "<box>(16, 62), (37, 99)</box>", "[0, 0, 640, 240]")
-    monkeypatch.setattr(pictures, "card", lambda *args: drawn.append(args) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(pictures, "point", lambda image, places: drawn.append(places) or image)
+    monkeypatch.setattr(pictures, "card", lambda _, lines: drawn.append(lines) or Image.new("RGB", (9, 9)))
     printed = score("refcoco", [{"id": i, "answer": box} for i, box in zip((10, 11, 13), boxes)], "--show", 2)
-    assert [boxes for *_, boxes in drawn] == [[([0.16, 0.62, 0.37, 0.99], "lime")], [([0.0, 0.0, 1.0, 0.5], "lime")]]
-    assert drawn[0][1][1:] == [(f"answer: {boxes[1]}", "red"), ("truth: [0.16, 0.62, 0.37, 0.99]", "green")]
+    for ((color, (box,)),), true in zip(drawn[::2], ([0.16, 0.62, 0.37, 0.99], [0.0, 0.0, 1.0, 0.5])):
+        assert color == "lime" and np.allclose(box, np.multiply(true, 2 * (8, 6)))
+    assert drawn[1][1:] == [(f"answer: {boxes[1]}", "red"), ("truth: [0.16, 0.62, 0.37, 0.99]", "green")]
     assert "| RefCOCO | 3 | 33.33 |" in printed and "readable 33.33" in printed
     command("score", "vsr", tmp_path / "vsr/vsr.json", "--data", files, "--out", tmp_path / "again")
     assert evaluation.results(tmp_path / "vsr")["vsr"]["rows"] == evaluation.results(tmp_path / "again")["vsr"]["rows"]

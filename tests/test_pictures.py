@@ -47,9 +47,10 @@ def test_scatter_places_points():
     assert abs(right[:, 1].mean() - left[:, 1].mean() - 480 / 1.4) < 2
 
 
-def test_a_card_shows_image_boxes_and_wrapped_text():
+def test_a_card_shows_an_image_with_boxes_and_wrapped_text():
     lines = [("one two three " * 8 + "end", "black"), ("x\ny", "red")]
-    card = pictures.card(Image.new("RGBA", (40, 20), "blue"), lines, [([0.25, 0.5, 0.75, 1.0], "lime")], 200)
+    image = pictures.point(Image.new("RGBA", (40, 20), "blue"), [("lime", [np.array([10, 10, 29.8, 19.8])])], 200)
+    card = pictures.card(image, lines, 200)
     pixels = np.asarray(card)
     assert card.width == 200 and 100 + 9 * 17 > card.height > 100 + 5 * 17
     rows, columns = np.nonzero((pixels == (0, 255, 0)).all(-1))
