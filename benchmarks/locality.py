@@ -86,7 +86,8 @@ def found_by(objective: str, seeds: list[int]) -> Found:
             title = ", ".join(kind[k] for k in ("task", "head") if kind[k])
             columns.setdefault(title, []).append(best["leakage"] if "leakage" in best else 100 * best["recall"])
             if title.startswith("local"):  # recall does not count what is named where it is not; F1, at the end, does
-                columns.setdefault(f"F1 of {title}", []).append(100 * result["epochs"][-1]["f1"])
+                for name, metric in (("F1", "f1"), ("colors", "recall_colors"), ("shapes", "recall_shapes")):
+                    columns.setdefault(f"{title}: {name}", []).append(100 * result["epochs"][-1][metric])
         shares = between_things(OUT / f"scenes-{seed}", TEACHER, backbone(objective, seed))
         columns.setdefault("color variance between things", []).append(shares[1])
     return {title: np.array(values) for title, values in columns.items()}
@@ -111,7 +112,7 @@ def table(found: dict[str, Found]) -> str:
 
 def bars(found: dict[str, Found]) -> Image.Image:
     """Figure 4: a group of bars for each column of recall, a bar for each objective, with its standard error."""
-    titles = [title for title in found["teacher"] if title.startswith(("local", "global"))]
+    titles = [title for title in found["teacher"] if title.startswith(("local", "global")) and ":" not in title]
     low = min(columns[title].min() for columns in found.values() for title in titles) // 10 * 10
     fine, bar, height, left, top = 3, 26, 260, 44, 34  # drawn 3 times as large, then averaged
     group, colors = max(bar * (len(found) + 1), 130), pictures.LINES  # wide enough for the names below
