@@ -12,12 +12,10 @@ A foreign layout is one table of names, used in both directions.
 import argparse
 import itertools
 import json
-import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -201,7 +199,7 @@ def export_vit(source: str | Path, target: str | Path, layout: str) -> list[str]
     state, description = to_transformers(model)
     if description["model_type"] == "vit":
         notes.append("Load it with add_pooling_layer=False: there are no weights for a pooling layer.")
-    with new_folder(target) as folder:
+    with llama.new_folder(target) as folder:
         vit.save_tensors(state, folder / "model.safetensors", {})
         (folder / "config.json").write_text(json.dumps(description, indent=2))
         steps = dict.fromkeys("do_convert_rgb do_resize do_center_crop do_rescale do_normalize".split(), True)
@@ -345,27 +343,10 @@ def meta_params(config: LlamaConfig) -> dict[str, object]:
     return values | (dict(rope_theta=config.rope_theta) if config.rope_theta != 10000.0 else {})
 
 
-@contextmanager
-def new_folder(target: str | Path) -> Iterator[Path]:
-    """A folder under a temporary name, moved into place once it is complete. ValueError: the target exists."""
-    target = Path(target).resolve()
-    if target.is_file() or target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"{target}: exists already; name a new folder")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(target)
-    except RuntimeError as error:  # torch.save turns a full disk into this
-        raise OSError(f"{target}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def convert_llama(source: str | Path, target: str | Path) -> str:
     """Meta's layout -> transformers', or back, in a new folder; the dtype stays. Returns the line to print."""
     source, meta = Path(source), (Path(source) / "params.json").is_file()
-    with new_folder(target) as temporary:
+    with llama.new_folder(target) as temporary:
         (from_meta if meta else to_meta)(source, temporary)
         for folder in (source, source.resolve().parent)[: 2 if meta else 1]:  # Meta's download has it one level up
             if (folder / "tokenizer.model").is_file() and not (temporary / "tokenizer.model").exists():
@@ -396,7 +377,7 @@ def export_language(folder: str | Path, target: str | Path, layout: str) -> list
         raise ValueError(f"{folder}: give a file, or a VLM's folder (train_vlm.py writes it) and --layout transformers")
     tensors, prefix = vit.read_tensors(Path(folder) / "model.safetensors")[0], "language."
     names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
-    with new_folder(target) as temporary:
+    with llama.new_folder(target) as temporary:
         llama.write(temporary, LlamaConfig(**language), names, lambda name: tensors[prefix + name])
         return add_tokenizer(temporary, Path(folder) / "tokenizer.model")
 
@@ -406,9 +387,13 @@ def export_language(folder: str | Path, target: str | Path, layout: str) -> list
 def convert_conversations(source: str | Path, target: str | Path) -> str:
     """Files as distributed -> rows for train_vlm.py --data: LRV-Instruct (image_id, question, answer),
     LVIS-Instruct-4V; with --units, RefCOCO's refs(...).p and COCO's instances. ValueError: a row is none of these."""
-    found, rows = [] if Path(source).suffix == ".p" else data.read_json(source, lines=None), []
-    if not found or isinstance(found[0], dict) and "annotations" in found[0]:
-        rows = [pointing_row(*each) for each in (instances(*found) if found else references(source))]
+    pickled, rows = Path(source).suffix == ".p", []
+    found = [] if pickled else data.read_json(source, lines=None)
+    if pickled or found and isinstance(found[0], dict) and "annotations" in found[0]:
+        try:
+            rows = [pointing_row(*each) for each in (references(source) if pickled else instances(*found))]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{source}: is not as RefCOCO or COCO distribute it ({error!r})") from None
         found = []
     for number, row in enumerate(found, 1):
         if isinstance(row, dict) and {"image_id", "question", "answer"} <= row.keys():

@@ -7,8 +7,6 @@
 Everything random is a function of a seed and of what is drawn (epoch, sample), never of who draws it (rank, worker).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -20,7 +18,6 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -346,11 +343,12 @@ class Batches(Sampler):
         return torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = lru_cache(1)(self.order)
         for update in range(self.start_update, self.updates):
             epoch, step = divmod(update, self.updates_per_epoch)
+            if step == 0 or update == self.start_update:
+                order = self.order(epoch)
             first = step * self.global_batch + self.rank * self.share
-            for micro in order(epoch)[first : first + self.share].split(self.micro_batch):
+            for micro in order[first : first + self.share].split(self.micro_batch):
                 yield [(epoch, index) for index in micro.tolist()]
 
 
@@ -563,7 +561,7 @@ class Conversations(Dataset):
                 image = open_image(path, to_rgb)
                 targets = {unit: [read_mask(one, image.size, root) if unit == "mask" or isinstance(one, (dict, str))
                                   else one for one in each] for unit, each in row["targets"].items()}  # fmt: skip
-                places = self.point(row["conversations"], targets, image.size)
+                places = self.point(row["conversations"][: len(row["conversations"]) // 2 * 2], targets, image.size)
             elif self.features is None:
                 image = open_image(path)
             image = self.prepare(image) if self.features is None else self.features[index]
@@ -633,8 +631,11 @@ def refs(file: Path) -> Iterator[Reference]:
     instances = read_json(os.path.join(os.path.dirname(file), "instances.json"))
     sizes = {image["id"]: (image["width"], image["height"]) for image in instances["images"]}
     things = {thing["id"]: thing for thing in instances["annotations"]}
-    with open(file, "rb") as opened:
-        rows = PlainUnpickler(opened, encoding="utf-8", errors="replace").load()  # Python 2 wrote it
+    try:
+        with open(file, "rb") as opened:
+            rows = PlainUnpickler(opened, encoding="utf-8", errors="replace").load()  # Python 2 wrote it
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); download it again") from None
     for row in rows:
         (x, y, width, height), mask = things[row["ann_id"]]["bbox"], things[row["ann_id"]].get("segmentation")
         sentences = {sentence["sent_id"]: sentence["sent"] for sentence in row["sentences"]}

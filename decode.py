@@ -80,8 +80,8 @@ def encode(conversation: Sequence[dict[str, str]], targets: dict[str, list], siz
     and regions in the order of the <region>s (see `place` and `region`). ValueError: they do not fit the texts."""
     texts, left, triplets = [turn["value"] for turn in conversation], dict(targets), []
     regions = [region(one, size, config.grid) for one in left.pop("region", [])]
-    if len(regions) != sum(text.count(REGION) for text in texts[::2]):
-        raise ValueError(f"its questions hold another number of {REGION}s than its {len(regions)} regions")
+    if len(regions) != sum(text.count(REGION) for text in texts) or any(REGION in text for text in texts[1::2]):
+        raise ValueError(f"it has {len(regions)} regions; it needs one for each {REGION} in questions, none in answers")
     for name, unit, refs, _ in (triplet for text in texts[1::2] for triplet in read(text)):
         if unit not in config.units:
             raise ValueError(f"{name!r} has the unit {unit!r}, which is not one of {', '.join(config.units)}")
@@ -243,9 +243,9 @@ class Pointer(nn.Module):
             if of := [g for g, other in enumerate(units) if other == unit]:
                 true = pad_sequence([places[g].to(x.device, non_blocking=True) for g in of], True)
                 costs = COSTS[unit](self.places(unit, x[of], patches[of]), true)  # [G, n, n]
-                pairs = [match(cost[: len(places[g]), : len(places[g])]) for g, cost in zip(of, costs.detach().cpu())]
-                g, i, j = zip(*((g, i, j) for g, pair in enumerate(pairs) for i, j in enumerate(pair)))
-                total[number] = costs[g, i, j].sum()
+                for g, cost, copy in zip(of, costs, costs.detach().cpu()):
+                    n = len(places[g])  # the rest is padding
+                    total[number] += cost[range(n), match(copy[:n, :n])].sum()
         return total
 
     def prompts(self, regions: Tensor, features: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ class Item:
     id: str
     image: Path
     question: str
-    truth: object  # text: the answer, or VQA's ten answers; box: [x1, y1, x2, y2]; choice: the index of the right one
+    truth: object  # text: the answer, or VQA's ten; box: [x1, y1, x2, y2]; choice: its index; places: {unit: places}
     options: Sequence[str] = ()  # what the letters A, B... stand for
     part: str = ""  # the split or kind that is reported separately
     regions: Sequence = ()  # for each <region> in the question (decode.region)
@@ -180,7 +180,7 @@ class Benchmark:
     files: str  # what it reads there, and where to get that
     prompt: str  # {q}: the question, {options}: its options as lines "A. ..."
     score: Callable[[Answer, object], float] = exact_match  # (answer, truth) -> 0 to 1
-    kind: str = "text"  # of answer: text, box (a text that gives one), choice (the most probable one)
+    kind: str = "text"  # of answer: text, box (a text that gives one), choice (the most probable one), places
     choices: Sequence[str] = ()  # by default the letters of a question's options
     parts: Sequence[str] = ()  # what is reported separately
     headline: str = "all"  # figure 5 shows the mean over all questions, the mean of the parts, or the parts
@@ -277,11 +277,11 @@ def read_textvqa(ocr: bool, root: Path) -> Iterator[Item]:
 def read_refcoco(name: str, refs: str, root: Path, unit: str = "") -> Iterator[Item]:
     """RefCOCO, RefCOCO+, RefCOCOg val: a question for each sentence. Boxes that the model is to write are fractions of
     the sides; what it is to point at is in pixels."""
-    for ref in data.refs(root / name / refs):
+    for ref in (ref for ref in data.refs(root / name / refs) if ref.split == "val"):
         truth = [round(pixel / side, 2) for pixel, side in zip(ref.box, 2 * ref.size)]
-        if unit and ref.split == "val":
+        if unit:
             truth = {unit: [ref.box if unit == "box" else data.run_lengths(data.read_mask(ref.mask, ref.size))]}
-        for key, sentence in ref.sentences.items() if ref.split == "val" else ():
+        for key, sentence in ref.sentences.items():
             yield Item(key, root / "coco/train2014" / ref.image, sentence, truth, as_stored=True)
 
 
@@ -290,7 +290,8 @@ def read_ocid_ref(root: Path) -> Iterator[Item]:
     for key, row in read_json(root / "ocid-ref/val_expressions.json").items():
         clutter = "minimum" if int(row["take_id"]) < 10 else "medium" if int(row["take_id"]) < 17 else "maximum"
         truth = [round(pixel / side, 2) for pixel, side in zip(json.loads(row["bbox"]), 2 * (640, 480))]
-        yield Item(key, root / "ocid-ref/OCID-dataset" / row["scene_path"], row["sentence"], truth, (), clutter, True)
+        image = root / "ocid-ref/OCID-dataset" / row["scene_path"]
+        yield Item(key, image, row["sentence"], truth, part=clutter, as_stored=True)
 
 
 def read_vsr(root: Path) -> Iterator[Item]:
@@ -469,9 +470,9 @@ def mean(groups: Groups) -> float:
     return float(np.mean([scores.mean() for scores in groups]))
 
 
-def bootstrap(groups: Groups, draws: int = 10_000) -> list[float]:
+def bootstrap(groups: Groups) -> list[float]:
     """The 95% interval of that mean, with questions drawn again from each group, by how often each score occurs."""
-    rng, means = data.generator("bootstrap"), np.zeros(draws)
+    rng, means, draws = data.generator("bootstrap"), 0.0, 10_000
     for scores in groups:
         values, counts = np.unique(scores, return_counts=True)
         means += rng.multinomial(len(scores), counts / len(scores), draws) @ values / len(scores)
@@ -573,9 +574,10 @@ def compare(folders: Sequence[str], out: Path, each: int | None) -> None:
 
 
 def read_answers(path: Path, name: str, items: list[Item]) -> dict[str, Answer]:
-    """Another program's answers: a list of {"id", "answer"}, for choices {"id", "probabilities"}, or eval.py's file."""
-    key, rows = KEYS[BENCHMARKS[name].kind], read_json(path)
-    rows = rows.get("answers") if isinstance(rows, dict) else rows
+    """Another program's answers: a list of {"id", "answer"}, for choices {"id", "probabilities"}, or eval.py's file.
+    (An answer that points is {"text", "places"}.)"""
+    kind, rows = BENCHMARKS[name].kind, read_json(path)
+    key, rows = KEYS[kind], rows.get("answers") if isinstance(rows, dict) else rows
     if not isinstance(rows, list) or not all(isinstance(row, dict) and {"id", key} <= row.keys() for row in rows):
         raise ValueError(f'{path}: give a list of {{"id", "{key}"}}')
     asked, given = Counter(item.id for item in items), Counter(str(row["id"]) for row in rows)
@@ -583,10 +585,15 @@ def read_answers(path: Path, name: str, items: list[Item]) -> dict[str, Answer]:
         raise ValueError(f"{path}: id {min(odd)} lacks an answer, has two, or is no question's; is --limit the same?")
     answers = {str(row["id"]): row[key] for row in rows}
     for item in items:
-        value, n = answers[item.id], len(item.choices)
-        numbers = isinstance(value, list) and len(value) == n and all(type(p) in (int, float) for p in value)
-        if not (numbers and min(value) >= 0 and abs(sum(value) - 1) < 1e-3 if n else isinstance(value, (str, dict))):
-            raise ValueError(f"{path}, id {item.id}: give {f'{n} probabilities with the sum 1' if n else 'a text'}")
+        value, n, good, wanted = answers[item.id], len(item.choices), isinstance(answers[item.id], str), "a text"
+        if kind == "choice":
+            good = isinstance(value, list) and len(value) == n and all(type(p) in (int, float) for p in value)
+            good = good and min(value) >= 0 and abs(sum(value) - 1) < 1e-3
+            wanted = f"{n} probabilities with the sum 1"
+        elif kind == "places":
+            good, wanted = isinstance(value, dict) and {"text", "places"} <= value.keys(), '{"text", "places"}'
+        if not good:
+            raise ValueError(f"{path}, id {item.id}: give {wanted}")
     return answers
 
 
@@ -652,7 +659,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif batches := [b for b in make_batches(items, o.batch) if any(item.id not in answers for item in b)]:
             model = model or vlm.load(folder, dtype, device)
             ask(model, name, batches[rank::world], settings, out / f"{name}.rank-{rank}.jsonl", rank)
-            run.all_sum(0)  # wait for all
+            run.barrier()
             answers = run.on_first(lambda: known_answers(out, name, settings))
         run.on_first(lambda: report(name, items, answers, settings, out, o.show))
     run.on_first(lambda: conclude(out))

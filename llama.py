@@ -8,11 +8,12 @@ Parameter names are transformers'; convert.py translates Meta's. The file needs 
 Shapes: B batch, T new tokens, S cache size, D width, H heads, K heads of keys and values, d = D / H, W vocabulary size.
 """
 
-import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -135,7 +136,7 @@ class Attention(nn.Module):
             keys, values, places = cache
             keys.index_copy_(2, places, k.to(keys.dtype))
             values.index_copy_(2, places, v.to(values.dtype))
-            k, v = (k, v) if mask is None else (keys, values)
+            k, v = keys, values
         x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] < q.shape[1])
         return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))
 
@@ -234,21 +235,21 @@ class Llama(nn.Module):
         """One more token of each sequence: ids [B, 1] -> logits [B, W]. Compile it once, for a cache however full."""
         return self(ids, cache=cache)[:, 0]
 
-    def loss(self, embeds: Tensor, labels: Tensor, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """Cross-entropy of the labels, a float32 scalar; 0 if there is none. Never holds the logits of all of them.
+    def loss(self, embeds: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The mean cross-entropy of the labels, float32; 0 if there is none. Never holds the logits of all of them.
         embeds: [B, T, D]. labels: [B, T], the ids of the tokens themselves (each is predicted from those before it),
-        -100 where none is to be learned. mask: see `forward`. reduction: "mean" over the labels or "sum"."""
-        return self.hidden_loss(self.hidden(embeds, mask), labels, reduction)
+        -100 where none is to be learned. mask: see `forward`."""
+        return self.summed_loss(self.hidden(embeds, mask), labels) / (labels[:, 1:] != IGNORE).sum().clamp(min=1)
 
-    def hidden_loss(self, x: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-        """The same from the `hidden` states [B, T, D]."""
+    def summed_loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The sum in place of the mean, from the `hidden` states [B, T, D]."""
         wanted = labels[:, 1:] != IGNORE
         x, labels = x[:, :-1][wanted], labels[:, 1:][wanted]  # [n, D], [n]
         total = x.new_zeros((), dtype=torch.float32)
         for chunk in zip(x.split(CHUNK), labels.split(CHUNK)):  # logits [1024, W], gone before the next ones
             summed = lambda x, labels: F.cross_entropy(self.lm_head(x).float(), labels, reduction="sum")
             total = total + checkpoint(summed, *chunk, use_reentrant=False)
-        return total / max(1, len(labels)) if reduction == "mean" else total
+        return total
 
     @torch.no_grad()
     def stream(
@@ -326,11 +327,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens and the space before the first word."""
-        names, text = {i: name for name, i in self.added.items()}, ""
-        for added, run in itertools.groupby(ids, names.__contains__):
-            known = (i for i in run if added or 0 <= i < self.vocab_size and not self.pieces.is_control(i))
-            text += "".join(map(names.get, known)) if added else self.pieces.decode(list(known))
-        return text
+        names, text, words = {i: name for name, i in self.added.items()}, "", []
+        for i in ids:
+            if i in names:
+                text, words = text + self.pieces.decode(words) + names[i], []
+            elif 0 <= i < self.vocab_size and not self.pieces.is_control(i):
+                words.append(i)
+        return text + self.pieces.decode(words)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ids piece by piece, as they come; a character of several bytes comes when it is whole."""
@@ -425,12 +428,27 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.d
     return model.eval()
 
 
+@contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """A folder under a temporary name, moved into place once it is complete. ValueError: the target exists."""
+    target = Path(target).resolve()
+    if target.is_file() or target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"{target}: exists already; name a new folder")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(target)
+    except (SafetensorError, RuntimeError) as error:  # what they make of a full disk
+        raise OSError(f"{target}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write(folder: str | Path, config: LlamaConfig, names: Sequence[str], get: Callable[[str], Tensor]) -> None:
     """Write a new folder, whole or not at all, in transformers' layout: config.json and files of at most SHARD bytes.
-    get: gives the tensor of a name; those of one file are in memory at a time. ValueError: the folder exists."""
-    folder, dtype = Path(folder).resolve(), get(names[-1]).dtype
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: exists already; name a new folder")
+    get: gives the tensor of a name; those of one file are in memory at a time. Errors: see `new_folder`."""
+    dtype = get(names[-1]).dtype
     with torch.device("meta"):
         size = {name: p.numel() * dtype.itemsize for name, p in Llama(config).named_parameters()}
     shards, filled = [[]], 0
@@ -442,9 +460,7 @@ def write(folder: str | Path, config: LlamaConfig, names: Sequence[str], get: Ca
     form = "model-{:05d}-of-{:05d}.safetensors" if len(shards) > 1 else "model.safetensors"
     files = {form.format(i, len(shards)): shard for i, shard in enumerate(shards, 1)}
     index = {"weight_map": {name: file for file, shard in files.items() for name in shard}}
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    try:
+    with new_folder(folder) as temporary:
         (temporary / "config.json").write_text(json.dumps(config.to_transformers(dtype), indent=2))
         if len(shards) > 1:
             index["metadata"] = {"total_size": sum(size.values())}
@@ -452,11 +468,6 @@ def write(folder: str | Path, config: LlamaConfig, names: Sequence[str], get: Ca
         for file, shard in files.items():
             save_file({name: get(name).cpu().contiguous() for name in shard}, temporary / file, {"format": "pt"})
             (temporary / file).chmod((temporary / "config.json").stat().st_mode)  # safetensors lets only the owner read
-        temporary.rename(folder)
-    except SafetensorError as error:
-        raise OSError(f"{folder}: cannot be written ({error}); is the disk full?") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save(model: Llama, folder: str | Path) -> None:

@@ -67,7 +67,7 @@ def crop_windows(images: Tensor, masks: Tensor, patch_size: int) -> Tensor:
 
 
 def moments(targets: Tensor) -> Tensor:
-    """Count, sum and sum of squares of targets of any shape, float64 [3]. Those of all batches and ranks may be added."""
+    """Count, sum and sum of squares of targets of any shape, float64 [3]; those of batches and ranks add up."""
     count = targets.new_tensor(targets.numel(), dtype=torch.float64)
     return torch.stack([count, targets.sum(dtype=torch.float64), targets.float().square().sum(dtype=torch.float64)])
 

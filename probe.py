@@ -187,7 +187,7 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
 
 def tally(logits: Tensor, targets: Tensor) -> Tensor:
     """For each image and class, in how many patches it is found, predicted, and true: int64 [3, B, C]. Predicted: the
-    probability is at least 0.5 (single classes: is the highest); found: predicted and true."""
+    probability is above 0.5 (single classes: is the highest); found: predicted and true."""
     if targets.dtype == torch.bool:
         predicted, true = logits > 0, targets
     else:
@@ -262,9 +262,9 @@ def features(labels: data.PatchLabels, backbone: vit.ViT, o: Namespace, autocast
     return read
 
 
-def chunks(count: int, most: int = 64) -> Batches:
+def chunks(count: int) -> Batches:
     """The numbers below `count` in order, in equal parts of at most 64."""
-    return [part.tolist() for part in np.array_split(np.arange(count), math.ceil(count / most))]
+    return [part.tolist() for part in np.array_split(np.arange(count), math.ceil(count / 64))]
 
 
 def free_memory() -> float:
@@ -327,7 +327,7 @@ def train(head: nn.Module, probe: Probe, parts: dict, o: Namespace, autocast: to
     name, per_epoch, images = f"{folder.parent.name}: {title(*probe)}", len(train_labels) // o.batch, range(len(labels))
     if not per_epoch:
         raise ValueError(f"--batch {o.batch}: there are only {len(train_labels)} training images")
-    shown = o.show or list(images[:: math.ceil(len(images) / 6)])
+    shown = o.show or np.linspace(0, len(labels), min(6, len(labels)), endpoint=False).astype(int).tolist()
     if max(shown) not in images:
         raise ValueError(f"--show {max(shown)}: there are {len(images)} validation images, from 0")
     groups, painted = kinds(labels.source)
@@ -414,12 +414,12 @@ def compare(scores: Scores, names: list[str], corner: str, cells: dict[str, tupl
     return pictures.table([corner, *cells], rows)
 
 
-def most_improved(recalls: list[np.ndarray], names: list[str], classes: dict, most: int = 10) -> list[str]:
-    """Of each kind of classes those whose local recall [C] gains most from the first backbone to the last (fig. 7)."""
+def most_improved(recalls: list[np.ndarray], names: list[str], classes: dict) -> list[str]:
+    """Of each kind of classes the ten whose local recall [C] gains most from first to last backbone (fig. 7)."""
     before, after, gain = recalls[0], recalls[-1], recalls[-1] - recalls[0]
     parts = [f"### Classes that gain most from {names[0]} to {names[-1]}, local"]
     for kind, members in (classes["groups"] or {"classes": range(len(gain))}).items():
-        best = sorted((c for c in members if not np.isnan(gain[c])), key=lambda c: -gain[c])[:most]
+        best = sorted((c for c in members if not np.isnan(gain[c])), key=lambda c: -gain[c])[:10]
         rows = [[classes["names"][c], *(f"{100 * x[c]:.2f}" for x in (before, after, gain))] for c in best]
         parts.append(pictures.table([kind, names[0], names[-1], "gain"], rows))
     return parts
@@ -534,7 +534,7 @@ def main(argv: list[str] | None = None) -> None:
         group = list(group)
         backbone = vit.load(*backbones[name]).requires_grad_(False).to(device)
         config = backbone.config
-        if not 0 <= o.skip_blocks <= config.depth:
+        if o.skip_blocks > config.depth:
             raise ValueError(f"--skip-blocks {o.skip_blocks}: {name} has {config.depth} blocks")
         # images with their labels, and the frozen backbone's tokens
         parts = {}
@@ -556,7 +556,7 @@ def main(argv: list[str] | None = None) -> None:
                 result |= train(model, probe, parts, o, autocast, file.parent)
             run.write(file, json.dumps(result))
 
-    run.all_sum(0)  # wait until all processes have finished
+    run.barrier()
     if rank == 0:
         report(o, root, list(backbones))
 

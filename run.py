@@ -244,12 +244,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("update-*"))
 
 
-def save(folder: Path, update: int, state: dict, keep: int = 2) -> None:
-    """Write a checkpoint on the first process, and remove all but the newest `keep`."""
+def save(folder: Path, update: int, state: dict) -> None:
+    """Write a checkpoint on the first process, and remove all but the newest two."""
 
     def first() -> None:
         write(folder / f"update-{update:08d}.pt", lambda temporary: torch.save(state, temporary))
-        for old in checkpoints(folder)[:-keep]:
+        for old in checkpoints(folder)[:-2]:
             old.unlink()
 
     on_first(first)

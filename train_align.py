@@ -200,8 +200,8 @@ def draw_picture(path: Path, teacher: vit.ViT, encoder: vit.ViT, images: Subset,
         with run.autocast(precision, device):
             last = model(x, norm=False)[:, config.num_prefix :].float()  # [6, N, D]
         tokens.append(F.layer_norm(last, last.shape[2:]))  # the two models' final norms have different scales
-    images, masked = (part.byte().permute(0, 2, 3, 1).numpy() for part in (pixels, masked))
-    rows = list(zip(images, masked, *pictures.token_colors(*tokens, config.grid)))
+    whole, masked = (part.byte().permute(0, 2, 3, 1).numpy() for part in (pixels, masked))
+    rows = list(zip(whole, masked, *pictures.token_colors(*tokens, config.grid)))
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures.grid(rows, ["image", "a mask", "before", "after"], side=128).save(path)
 

@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     if world > 1 and not sharded:
         devices = [device] if device.type == "cuda" else None
         parallel = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
-    trained = [parameter for _, parameter in model.trainable()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained, o.lr, o.weight_decay)
 
     # data: the first process lists the conversations for all

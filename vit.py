@@ -168,7 +168,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(D, D)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]. positions: from `ViT.positions`."""
+        """x [B, T, D] -> [B, T, D]. positions: from `block_positions`."""
         if self.family == "eva02":
             qkv = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         elif self.family == "beit":  # k has no bias
@@ -266,7 +266,7 @@ class Block(nn.Module):
             self.ls1, self.ls2 = (nn.Identity() if value is None else LayerScale(D, value) for _ in range(2))
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]. positions: from `ViT.positions`."""
+        """x [B, T, D] -> [B, T, D]. positions: from `block_positions`."""
         ls1, ls2 = (self.gamma_1.mul, self.gamma_2.mul) if self.beit else (self.ls1, self.ls2)
         x = x + ls1(self.attn(self.norm1(x), positions))
         return x + ls2(self.mlp(self.norm2(x)))
@@ -320,14 +320,15 @@ class ViT(nn.Module):
         if self.config.pos_embed == "tokens":
             x = x + self.pos_embed
         blocks = self.blocks[: self.config.depth - skip_blocks]
-        x = run_blocks(blocks, self.norm_pre(x), self.positions(x.device), self.checkpointing)
+        x = run_blocks(blocks, self.norm_pre(x), block_positions(self.config, x.device), self.checkpointing)
         return self.norm(x) if norm else x
 
-    def positions(self, device: torch.device) -> Tensor | None:
-        """What the blocks of EVA02 and BEiT need to know about positions; None for the plain family."""
-        if self.config.family == "eva02":
-            return rotary_positions(self.config.grid, self.config.embed_dim // self.config.num_heads, device)
-        return relative_positions(self.config.grid, device) if self.config.family == "beit" else None
+
+def block_positions(config: ViTConfig, device: torch.device) -> Tensor | None:
+    """What the blocks of EVA02 and BEiT need to know about positions; None for the plain family."""
+    if config.family == "eva02":
+        return rotary_positions(config.grid, config.embed_dim // config.num_heads, device)
+    return relative_positions(config.grid, device) if config.family == "beit" else None
 
 
 def run_blocks(blocks: Iterable, x: Tensor, positions: Tensor | None = None, checkpointing: bool = False) -> Tensor:

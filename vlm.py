@@ -179,8 +179,6 @@ class DecoderAdapter(TransformerAdapter):
 class Truncated(nn.Module):
     """`truncated`: the last two blocks that the features pass, the norm if they pass it, a linear layer of zeros."""
 
-    positions = ViT.positions  # what the blocks of EVA02 and BEiT need to know; it reads self.config
-
     def __init__(self, config: "VLMConfig"):
         super().__init__()
         self.config, self.first, self.checkpointing = config.vision, config.frozen.depth, False
@@ -198,7 +196,7 @@ class Truncated(nn.Module):
             self.norm.load_state_dict(backbone.norm.state_dict())
 
     def forward(self, x: Tensor) -> Tensor:
-        x = vit.run_blocks(self.blocks, x, self.positions(x.device), self.checkpointing)
+        x = vit.run_blocks(self.blocks, x, vit.block_positions(self.config, x.device), self.checkpointing)
         return self.head(self.norm(x))
 
 
@@ -271,10 +269,6 @@ class VLM(nn.Module):
         self.language = Llama(config.language)
         self.pointer = Pointer(config.pointer) if config.pointer else None
 
-    def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters to train, by name: the adapter's, the language model's, the pointer's."""
-        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
-
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """What the frozen backbone says of pixels: uint8 [B, 3, H, W] -> [B, M, D]."""
@@ -344,14 +338,15 @@ class VLM(nn.Module):
             if rows is not None:  # all padding moves to the right, where attention needs no mask
                 x, labels, where = move_padding(mask, False, x, labels, where)
         x = self.language.hidden(x)
-        losses = torch.stack([self.language.hidden_loss(x, labels, reduction="sum")])
+        losses = torch.stack([self.language.summed_loss(x, labels)])
         if targets := [(image[row], *triplet) for row, one in pointing for triplet in one.triplets]:
             of, units, places = zip(*targets)
             states = x[where].split(list(map(len, places)))  # of the <REF>s of each triplet, [n, E]
             losses = torch.cat([losses, self.pointer.loss(states, patches, of, units, places)])
         elif self.pointer:
             losses = F.pad(losses, (0, len(self.config.pointer.units)))
-        for part in [self.adapter] * (images is None) + [self.pointer] * (self.pointer is not None):
+        unused = [self.adapter] if images is None else []
+        for part in unused + ([self.pointer] if self.pointer else []):
             losses = losses + 0 * sum(p.sum() for p in part.parameters())  # each has a gradient, on all processes alike
         return losses
 

@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.param_groups[0]["lr"] = o.lr * rise * fall
         with run.autocast("auto", places.device):
             x, labels, pointing = read(model, [encode(tokenizer, told[i]) for i in rows], places, ref)
-            loss = model.hidden_loss(x, labels)
+            loss = model.summed_loss(x, labels) / (labels[:, 1:] != llama.IGNORE).sum()
         (loss + pointing).backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()

@@ -331,3 +331,8 @@ def test_conversations_of_lrv_and_lvis(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([lrv, {"question": "What?"}]))
     said = refusal(convert.convert_conversations, tmp_path / "a.json", tmp_path / "c.json")
     assert "a.json, row 2: is neither" in said and not (tmp_path / "c.json").exists()
+    for name, content, message in (("a.p", b"\x80\x02]q", "a.p: cannot be read"),
+                                   ("a.json", b'[{"annotations": [1]}]', "a.json: is not as RefCOCO or COCO")):
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / "instances.json").write_text('{"images": [], "annotations": []}')
+        assert message in refusal(convert.convert_conversations, tmp_path / name, tmp_path / "c.json")

@@ -115,12 +115,15 @@ def test_targets():
     (TEXT, {"mask": [{"size": [5, 7], "counts": [30, 6]}]}, "a mask is 36 x 1, but its image 7 x 5"),
     (TEXT, {"box": [None]}, "NoneType"),
     ("a <REF>", {"box": []}, "a <REF> stands outside of"),
-    ("Yes", {"region": [[0, 0, 3, 3]]}, "another number of <region>s than its 1 regions"),
-    ("<region>", {"region": [[50, 50]]}, "a region is empty or outside"),
+    ("Yes", {"region": [[0, 0, 3, 3]]}, "it has 1 regions; it needs one for each <region> in questions"),
+    ("See <region>.", {"region": [[0, 0, 3, 3]]}, "one for each <region> in questions, none in answers"),
+    ("What is <region>?", {"region": [[50, 50]]}, "a region is empty or outside"),
 ])  # fmt: skip
 def test_wrong_targets_get_one_sentence(text: str, targets: dict, said: str, tmp_path: Path):
     """As rows of a file: each is named, and the others are used."""
-    turns = [{"from": "human", "value": text if "<region>" in text else "Where?"}, {"from": "gpt", "value": text}]
+    question, answer = (text, "Yes") if text.endswith("?") else ("Where?", text)
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    turns += [{"from": "human", "value": "And <region>?"}]  # a last question without an answer is dropped
     picture(size=(7, 5)).save(tmp_path / "a.png")
     (tmp_path / "rows.json").write_text(json.dumps([{"image": "a.png", "conversations": turns, "targets": targets}]))
     point = functools.partial(decode.encode, config=CONFIG)

@@ -164,6 +164,7 @@ class Oracle:
         return [self.known[prompt, image.tobytes()] for image, prompt in zip(images, prompts, strict=True)]
 
     def generate(self, images, prompts, max_new_tokens, regions) -> list[str]:
+        assert [len(each) for each in regions] == [0] * len(prompts)
         first = lambda truth: truth[0] if isinstance(truth[0], str) and isinstance(truth, list) else str(truth)
         return ["nonsense" if wrong else first(truth) for truth, wrong in self.ask(images, prompts)]
 

@@ -171,7 +171,7 @@ def test_an_update_is_written_out(base: list[str], scenes: Path, tmp_path: Path,
     encode = functools.partial(vlm.encode, model.tokenizer, model.config.template, max_text=model.config.max_text)
     source = data.Conversations(o.data, scenes, encode, functools.partial(vlm.prepare, config=model.config.vision))
     keys = [key for keys in data.ConversationBatches(source, 8, 5, seed=2, micro_batch=2, updates=4) for key in keys]
-    trained = dict(model.trainable())
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert not any(name.startswith("vision.") for name in trained)
     groups = [{"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": 0.3}]
     groups += [{"params": [p for p in trained.values() if p.ndim == 1], "weight_decay": 0.0}]
