@@ -45,7 +45,7 @@ def parts(scenes: Path, tmp_path_factory) -> Path:
     (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
     tokenizer = llama.Tokenizer(train_vlm.HERE / "demo" / "language")
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    config = llama.LlamaConfig(tokenizer.vocab_size, max_position_embeddings=512, **small)
+    config = llama.LlamaConfig(tokenizer.vocab_size, max_position_embeddings=1024, **small)
     llama.save(llama.Llama(config), folder / "llama")
     (folder / "llama" / "tokenizer.model").write_bytes(tokenizer.pieces.serialized_model_proto())
     return folder
