@@ -107,7 +107,7 @@ def test_a_run_from_start_to_end(parts: Path, whole: Path):
     assert os.listdir(whole / "checkpoints") == ["update-00000010.pt"]
     assert json.loads((whole / "options.json").read_text())["weight_decay"] == 0.1
     model, aligned = vlm.load(whole / "model"), maskembed.load(parts / "aligned.safetensors")
-    assert (model.config.adapter, model.config.aligned, model.config.max_text) == ("decoder", True, 512 - 17)
+    assert (model.config.adapter, model.config.aligned, model.config.max_text) == ("decoder", True, 1024 - 17)
     backbone, language = aligned.encoder.state_dict(), llama.load(parts / "llama").state_dict()
     assert all(torch.equal(value, backbone[name]) for name, value in model.vision.state_dict().items())
     assert not any(torch.equal(value, language[name]) for name, value in model.language.state_dict().items())
