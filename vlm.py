@@ -220,7 +220,8 @@ class VLMConfig:
     template: Template = TEMPLATES["llama"]
     max_text: int = 2048  # ids of a sample in training; image tokens come on top
     feature_scale: float = 1.0  # multiplies the vision features; 1 in the paper
-    pointer: PointerConfig | None = None  # for a model that points; its vocabulary ends with decode.ADDED
+    pointer: PointerConfig | None = None  # for a model that points
+    added: Sequence[str] = ()  # tokens behind those of tokenizer.model: decode.ADDED of a model that points
 
     def __post_init__(self) -> None:
         first, second, context = self.vision, self.second, self.language.max_position_embeddings
@@ -498,8 +499,7 @@ def build(vision: ViT | Student, language: Llama, tokenizer: Tokenizer, adapter:
         language model become parts of the VLM, uncopied; the adapter copies what it starts from.
     second: the second backbone of `fused-mlp` (DINOv2 in the paper). ValueError: the parts do not fit together.
     max_text: lowered to what an image leaves of the language model's context.
-    units: what the model learns to point with (decode.UNITS); the vocabulary then ends with decode.ADDED. pointer: more
-        options of decode.PointerConfig."""
+    units: what the model learns to point with (decode.UNITS). pointer: more options of decode.PointerConfig."""
     aligned = isinstance(vision, Student)
     backbone = vision.encoder if aligned else vision
     if adapter == "decoder" and not (aligned and isinstance(vision.decoder, maskembed.Decoder)):
@@ -510,7 +510,7 @@ def build(vision: ViT | Student, language: Llama, tokenizer: Tokenizer, adapter:
     shape = dict(vision=D, language=language.config.hidden_size, grid=backbone.config.grid)
     config = VLMConfig(adapter, aligned, backbone.config, language.config, second.config if second else None,
                        vision.decoder.options if adapter == "decoder" else None, template,
-                       pointer=PointerConfig(units, **shape, **pointer) if units else None)
+                       pointer=PointerConfig(units, **shape, **pointer) if units else None, added=[*tokenizer.added])
     room = language.config.max_position_embeddings - config.image_tokens
     with torch.device("meta"):  # no memory and no time for values that are replaced
         model = VLM(replace(config, max_text=min(max_text, room), feature_scale=feature_scale), tokenizer)
@@ -570,7 +570,7 @@ def read_config(folder: str | Path) -> VLMConfig:
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VLM:
     """A model with the weights of a folder, in evaluation mode. ValueError: names the file and what is wrong."""
     config, path = read_config(folder), Path(folder) / "model.safetensors"
-    tokenizer = Tokenizer(Path(folder), config.language.vocab_size, decode.ADDED if config.pointer else ())
+    tokenizer = Tokenizer(Path(folder), config.language.vocab_size, config.added)
     tensors = vit.read_tensors(path)[0]
     with torch.device("meta"):  # no memory and no time for values that the file replaces
         model = VLM(config, tokenizer).to(dtype)
