@@ -184,8 +184,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
           free: Sequence[str]) -> tuple[argparse.Namespace, dict | None]:
     """The options and, with --resume, the newest checkpoint, whose own options are the defaults then.
 
-    free: the options that a resumed run may change; another value for any other option is refused (exit status 2)."""
+    free: the options that a resumed run may change; another value for any other option is refused (exit status 2).
+    ValueError: --out holds a run that --resume was not given for."""
     o = parser.parse_args(argv)
+    if not o.resume and checkpoints(o.out / "checkpoints"):
+        raise ValueError(f"{o.out} holds a run; continue it with --resume, or choose another --out")
     if not o.resume:
         return o, None
     state = load(o.out / "checkpoints")
@@ -195,12 +198,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
         if name not in ("out", "resume", *free) and str(getattr(o, name)) != str(value):
             parser.error(f"--{name.replace('_', '-')}: the run in {o.out} has {value}; leave it out, or start anew")
     return o, state
-
-
-def check_new(o: argparse.Namespace) -> None:
-    """ValueError: --out holds a run that --resume was not given for."""
-    if not o.resume and checkpoints(o.out / "checkpoints"):
-        raise ValueError(f"{o.out} holds a run; continue it with --resume, or choose another --out")
 
 
 def number(least: float, kind: type = int, below: float = math.inf) -> Callable[[str], float]:

@@ -113,7 +113,6 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
         if getattr(o, name) is None:
             setattr(o, name, value)
     o.visible = o.visible or (0.4 if o.masks == "block" else 0.5)
-    run.check_new(o)
     return o, state
 
 

@@ -131,7 +131,6 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
         parser.error(f"--units {','.join(o.units)}: choose from {', '.join(decode.UNITS)}")
     if o.images and not (o.data and len(o.images) in (1, len(o.data))):
         parser.error("--images: goes with --data; give one folder for all of its files, or one for each")
-    run.check_new(o)
     return o, state
 
 

@@ -274,7 +274,7 @@ class VLM(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """What the frozen backbone says of pixels: uint8 [B, 3, H, W] -> [B, M, D]."""
         features = []
-        for backbone in (self.vision,) if self.second is None else (self.second, self.vision):
+        for backbone in filter(None, (self.second, self.vision)):
             x = backbone(vit.normalize(images, backbone.config).to(backbone.patch_embed.proj.weight.dtype))
             features.append(x if self.config.prefix else x[:, backbone.config.num_prefix :])  # of [B, P + N, D]
         return self.config.feature_scale * torch.cat(features, -1)
@@ -570,7 +570,8 @@ def read_config(folder: str | Path) -> VLMConfig:
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VLM:
     """A model with the weights of a folder, in evaluation mode. ValueError: names the file and what is wrong."""
     config, path = read_config(folder), Path(folder) / "model.safetensors"
-    tokenizer = Tokenizer(Path(folder), config.language.vocab_size, config.added)
+    added = config.added or decode.ADDED * bool(config.pointer)  # folders written before the list was kept have none
+    tokenizer = Tokenizer(Path(folder), config.language.vocab_size, added)
     tensors = vit.read_tensors(path)[0]
     with torch.device("meta"):  # no memory and no time for values that the file replaces
         model = VLM(config, tokenizer).to(dtype)

@@ -120,7 +120,7 @@ def test_a_resumed_run_has_its_own_options(tmp_path: Path, capsys):
     assert state is None
     run.save(tmp_path / "checkpoints", 1, {"options": run.plain(o)})
     with pytest.raises(ValueError, match="holds a run; continue it with --resume"):
-        run.check_new(run.parse(parser(tmp_path), [], ["lr"])[0])
+        run.parse(parser(tmp_path), [], ["lr"])
     o, state = run.parse(parser(tmp_path), ["--resume"], ["lr"])
     assert (o.lr, o.seed) == (0.5, 3) and state["options"]["seed"] == 3
     assert run.parse(parser(tmp_path), ["--resume", "--lr", "0.1", "--seed", "3"], ["lr"])[0].lr == 0.1
