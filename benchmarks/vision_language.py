@@ -40,8 +40,7 @@ def train_and_ask(job: tuple[str, int]) -> None:
     out, scenes = OUT / f"{variant}-{seed}", LOCALITY / f"scenes-{seed}"
     weights = backbone("teacher" if variant.startswith("baseline") else "maskembed", seed)
     if not (out / "model/config.json").exists():
-        pointing = variant.endswith("pointing")
-        file = "pointing.json --units box,mask --updates 800" if pointing else "conversations.json --updates 1000"
+        file = "pointing.json --units box,mask" if variant.endswith("pointing") else "conversations.json"
         flags = f"--variant {variant.removesuffix('-pointing')} --weights {weights} --data {scenes}/{file}"
         flags += f" --seed {seed} --out {out} --workers 0"
         flags += " --resume" * any(out.glob("checkpoints/update-*"))
