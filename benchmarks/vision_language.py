@@ -77,7 +77,7 @@ def draw_answers(base: str, aligned: str, seed: int, each: int = 4) -> None:
     """Questions that the aligned model answers right and the baseline wrong (upper row), and the reverse (lower)."""
     rows, rng = ([], []), np.random.default_rng(0)
     models = [evaluation.results(OUT / f"{variant}-{seed}/eval", KINDS) for variant in (base, aligned)]
-    for name in KINDS:
+    for name in models[0]:
         items = {item.id: item for item in evaluation.questions(name, LOCALITY / f"scenes-{seed}")}
         key = evaluation.KEYS[evaluation.BENCHMARKS[name].kind]
         for one, other in zip(*(model[name]["answers"] for model in models)):
