@@ -123,12 +123,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None, bia
     """Soft-capped attention (appendix C), or plain with an additive bias [H, T, T]. q, k, v, result: [B, H, T, d]."""
     if q.is_cuda and softcap is not None and torch.cuda.get_device_properties(q.device).major >= 8:  # A100 or newer
         return flex_softcap(q, k, v, softcap)  # what follows in one fused kernel
-    if q.is_cuda and softcap is None:
+    if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
     logits = q @ k.mT / math.sqrt(q.shape[-1])  # [B, H, T, T]
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    logits = logits if bias is None else logits + bias
-    return logits.softmax(-1) @ v
+    return (softcap * torch.tanh(logits / softcap)).softmax(-1) @ v
 
 
 def flex_softcap(q: Tensor, k: Tensor, v: Tensor, softcap: float) -> Tensor:
