@@ -1,6 +1,6 @@
-"""The probing table and bar chart: `python benchmarks/locality.py`, 45 minutes of two cores with AVX512-BF16.
+"""The probing table and bar chart: `python benchmarks/locality.py`.
 
-README.md has `--objectives maskembed`.
+README.md has `--objectives maskembed`, 45 minutes of two cores with AVX2 alone.
 
 MaskEmbed and the baselines of its family against the demo's teacher, over three paired seeds: a seed is that of the
 scenes, of the alignment and of the probes. What an earlier call finished in runs/locality is kept. Prints a table of
