@@ -7,7 +7,7 @@ labels/{train,val}       PNG label maps: red holds each pixel's shape (1-10), gr
 labels.txt               the classes' names: "3: triangle"
 boxes.json               the pictures of each part, with the shape, color and box of each object
 conversations.json       a conversation about each training picture, in LLaVA's format
-pointing.json            another, in which things are pointed at, and where, as "targets" (data.read_targets)
+pointing.json            another, in which things are pointed at, and where, as "targets" (data.Conversations)
 questions.json           single questions about the test pictures in the same format, each with its "kind"
 scenes.json              the options, written last
 
