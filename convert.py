@@ -114,10 +114,10 @@ def convert_vit(name: str, source: str | Path, target: str | Path, image_size: i
 
 
 def read_vit(path: str | Path, config: ViTConfig) -> ViT | Student:
-    """A backbone, or a whole aligned model of the authors, from a file in any known layout. ValueError: it has none."""
+    """A backbone, or a whole aligned model, from a file in any known layout. ValueError: it has none."""
     tensors, metadata = vit.read_tensors(path)
     if "config" in metadata:  # ours already
-        return vit.load(path, config)
+        return (maskembed.load if "maskembed" in metadata else vit.load)(path, config)
     config = vit.confirm(path, config)
     tensors = {re.sub(r"\bblocks\.\d+\.(\d)", r"blocks.\1", name): value for name, value in tensors.items()}  # DINOv2's
     layout, prefix = detect_layout(list(tensors), path)

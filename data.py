@@ -143,7 +143,7 @@ def list_images(root: str) -> list[bytes]:
     return [path for _, paths in sorted(found.items()) for path in paths]
 
 
-# --- from a file to an augmented crop (appendix C) --------------------------------------------------------------------
+# --- from a file to an augmented crop (appendix B.1) ------------------------------------------------------------------
 
 # As in vit.py (either file stands alone): EXIF orientations from 2 on, and what turns the stored picture upright
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
@@ -546,7 +546,7 @@ class Conversations(Dataset):
     def describe(self, index: int) -> str:
         """A row that cannot be used, and why not."""
         row, name, _ = self.row(index)
-        return f"{name}: {fault(row) or 'the text is cut off before its first answer'}"
+        return f"{name}: {fault(row) or 'the text is cut off before its first answer, a <REF> or a <region>'}"
 
     def __getitem__(self, key: tuple[int, int]) -> Example:
         _, index = key  # an example is the same in every epoch
@@ -567,8 +567,8 @@ class Conversations(Dataset):
             image = self.prepare(image) if self.features is None else self.features[index]
             return Example(ids, labels, image, None, places)
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # the last three: targets of another form
-            blank = self.prepare(Image.new("RGB", (8, 8)))  # keeps the batch's shape and modality
-            return Example(ids, [-100] * len(ids), blank, f"{name}: {error}")
+            blank = self.prepare(Image.new("RGB", (8, 8))) if self.features is None else self.features[index]
+            return Example(ids, [-100] * len(ids), blank, f"{name}: {error}")  # of the batch's shape and modality
 
 
 def read_mask(mask: str | dict | list, size: tuple[int, int], root: Path = "") -> np.ndarray:

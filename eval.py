@@ -644,6 +644,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not file.exists():
             raise ValueError(f"{file}: missing; make it with python train_vlm.py, or give a folder that it wrote")
         torch.set_float32_matmul_precision("highest")  # no TF32: a score should not depend on the device
+        torch.backends.cudnn.allow_tf32 = False
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = torch.bfloat16 if o.precision == "bf16" or o.precision == "auto" and native else torch.float32
         made_with = {"weights": [file.stat().st_size, file.stat().st_mtime_ns], "precision": str(dtype)}

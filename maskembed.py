@@ -237,6 +237,9 @@ def load(path: str | Path, config: str | ViTConfig | None = None) -> Student:
         decoder, width = Decoder(encoder.config, **decoder), decoder["width"]
     head = nn.Linear(encoder.config.embed_dim, width) if about["head"] else nn.Identity()
     student = Student(encoder, head, decoder, about["target"], about["target_scale"])
+    tensors |= {f"encoder.{name}": value for name, value in encoder.state_dict().items()}  # of the wanted image size
+    if (name := "decoder.pos_embed") in tensors:
+        tensors[name] = vit.resample_positions(tensors[name], encoder.config.grid, encoder.config.num_prefix)
     try:
         student.load_state_dict(tensors)
     except RuntimeError as error:

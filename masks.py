@@ -1,4 +1,4 @@
-"""The mask distributions of MaskEmbed (section 3.2, appendix B.1). Needs only torch; copy it.
+"""The mask distributions of MaskEmbed (section 4.2, appendix B.1). Needs only torch; copy it.
 
 A mask is float [batch, patches], 1 = visible, 0 = hidden, patches row by row. The random ones take a CPU generator, or
 one for each mask: their states give the same masks on every machine.
@@ -41,22 +41,17 @@ def block(batch: int, grid: int, visible: float = 0.4, generator: Random = None)
     the share is revealed row by row. grid: patches along each side."""
     if not 0 < visible <= 1:
         raise ValueError(f"visible is {visible}; a block mask needs a fraction in (0, 1]")
-    masks, wanted = torch.zeros(batch, grid**2, dtype=torch.bool), visible * grid**2
-    most, place, todo = max(2, int(wanted)), torch.arange(grid), torch.arange(batch)
-    for _ in range(250):  # four rectangles at a time for all masks that need more
-        mine = [generator[i] for i in todo] if isinstance(generator, Sequence) else generator
-        u = rand(len(todo), 16, mine).view(-1, 4, 4, 1)
-        area, aspect = min(16, most) + (u[:, :, 0] * (most - min(16, most))).floor(), 0.3 + (1 / 0.3 - 0.3) * u[:, :, 1]
-        height, width = ((area * x).sqrt().floor().clamp(1, grid) for x in (aspect, 1 / aspect))  # [todo, 4, 1]
-        top, left = ((x * (grid - side + 1)).floor() for x, side in ((u[:, :, 2], height), (u[:, :, 3], width)))
-        rows, columns = (place >= top) & (place < top + height), (place >= left) & (place < left + width)
-        shown = (rows[..., None] & columns[:, :, None]).flatten(2)  # [todo, 4, N]
-        for i in range(4):  # with what was shown before
-            shown[:, i] |= shown[:, i - 1] if i else masks[todo]
-        enough = shown.sum(2, dtype=torch.int32) >= wanted  # [todo, 4]: after this many rectangles
-        last = torch.where(enough.any(1), enough.int().argmax(1), 3)
-        masks[todo] = shown[torch.arange(len(todo)), last]
-        todo = todo[~enough.any(1)]
+    masks, wanted, todo = torch.zeros(batch, grid**2, dtype=torch.bool), visible * grid**2, torch.arange(batch)
+    most = max(2, int(wanted))
+    least = min(16, most)
+    for _ in range(1000):  # a rectangle for each mask that needs more
+        mine = [generator[i] for i in todo.tolist()] if isinstance(generator, Sequence) else generator
+        u = rand(len(todo), 4, mine).T  # [4, todo]
+        area, aspect = least + (u[0] * (most - least)).floor(), 0.3 + (1 / 0.3 - 0.3) * u[1]
+        height, width = ((area * x).sqrt().floor().clamp(1, grid) for x in (aspect, 1 / aspect))
+        top, left = (u[2] * (grid - height + 1)).floor(), (u[3] * (grid - width + 1)).floor()
+        masks[todo] |= from_windows(torch.stack([top, left, height, width], 1), grid).bool()
+        todo = todo[masks[todo].sum(1) < wanted]
         if not len(todo):
             return masks.float()
     short = (wanted - masks[todo].sum(1, keepdim=True)).ceil()

@@ -200,7 +200,8 @@ def tally(logits: Tensor, targets: Tensor) -> Tensor:
 def metrics(counts: Tensor, places: int) -> dict:
     """All metrics from the tallies of a data set [3, M, C], with `places` patches an image (1: the image as a whole).
 
-    Averages are over the classes that occur; precision leaves out those that are never predicted (`never_predicted`).
+    Averages are over the classes that occur, but `accuracy`, that of yes-or-no decisions, is over all; precision leaves
+    out those that are never predicted (`never_predicted`).
     `recall_by_size`: where the class fills (0, 10%], (10%, 20%], ... of its image's patches (figure 8); None: none."""
     counts = counts.cpu().numpy()
     found, predicted, true = counts.sum(1).astype(float)  # [C] each
@@ -232,7 +233,7 @@ Read = Callable[[Batches, str], Iterator[tuple[Tensor, Tensor]]]  # batches, tas
 
 def features(labels: data.PatchLabels, backbone: vit.ViT, o: Namespace, autocast: torch.autocast, what: str) -> Read:
     """How to read tokens with their targets; bf16 tokens stay in memory if they take less than half of what is free."""
-    config, count, classes, kept = backbone.config, len(labels), len(labels.source.names), []
+    config, count, classes = backbone.config, len(labels), len(labels.source.names)
     device = next(backbone.parameters()).device
 
     def make(batches: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -242,23 +243,23 @@ def features(labels: data.PatchLabels, backbone: vit.ViT, o: Namespace, autocast
                 tokens = backbone(vit.normalize(pixels.to(device), config), skip_blocks=o.skip_blocks)
             yield tokens.bfloat16(), patches, whole
 
-    def read(batches: Batches, task: str) -> Iterator[tuple[Tensor, Tensor]]:
-        for tokens, patches, whole in ([x[b] for x in kept] for b in batches) if kept else make(batches):
-            packed = (whole if task == "global" else patches).to(device)
-            single = task == "local" and o.labels == "majority"
-            yield tokens.to(device).float(), packed[..., 0].long() if single else data.unpack(packed, classes)
-
     shape = count, config.num_prefix + config.num_patches, config.embed_dim
     keep = o.cache and 2 * math.prod(shape) < free_memory() / 2
     how = f"{2 * math.prod(shape) / 2**30:.2f} GiB, {'kept in memory' if keep else 'made anew for each batch'}"
     tqdm.write(f"{what} of {count:,} images: {how}", file=sys.stderr)
     if keep:
-        made = [torch.empty(shape, dtype=torch.bfloat16)]
-        made += [torch.empty(count, *x.shape, dtype=torch.uint8) for x in labels[0][1:]]
+        kept = [torch.empty(shape, dtype=torch.bfloat16)]
+        kept += [torch.empty(count, *x.shape, dtype=torch.uint8) for x in labels[0][1:]]
         for numbers, batch in zip(chunks(count), make(progress(chunks(count), what))):
-            for everything, part in zip(made, batch):
+            for everything, part in zip(kept, batch):
                 everything[numbers] = part.cpu()
-        kept = made
+
+    def read(batches: Batches, task: str) -> Iterator[tuple[Tensor, Tensor]]:
+        for tokens, patches, whole in ([x[b] for x in kept] for b in batches) if keep else make(batches):
+            packed = (whole if task == "global" else patches).to(device)
+            single = task == "local" and o.labels == "majority"
+            yield tokens.to(device).float(), packed[..., 0].long() if single else data.unpack(packed, classes)
+
     return read
 
 

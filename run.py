@@ -137,7 +137,8 @@ def leave(update: int, updates: int, number: int) -> None:
     """End after signal `number` (0: another process got it), once all is saved, with the exit status shells expect."""
     barrier()
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"stopped at update {update} of {updates}; continue with the same command and --resume", file=sys.stderr)
+        text = f"stopped at update {update} of {updates}; continue with the same command and --resume"
+        tqdm.write(text, file=sys.stderr)  # above the bar
     sys.exit(128 + (number or signal.SIGTERM))
 
 

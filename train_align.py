@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 4 train_align.py --recipe clip-vit-l-336 --weights FILE --data DIR
     python train_align.py ... --resume                                          # continue exactly, on any GPUs
 
-Writes to --out: aligned.safetensors (encoder, head, decoder), log.jsonl, pictures/, checkpoints/. What an update sees
-depends on the seed and its number alone, so in float32 any number of processes trains the same model, up to rounding.
+Writes to --out: aligned.safetensors (encoder, head, decoder), options.json, log.jsonl, pictures/, checkpoints/. What an
+update sees depends on the seed and its number alone, so in float32 any number of processes trains the same model, up
+to rounding.
 """
 
 import argparse
@@ -37,7 +38,7 @@ import vit
 
 BETAS, WEIGHT_DECAY, MAX_NORM, END = (0.9, 0.95), 0.01, 1.0, 0.1  # table 6: AdamW, gradient norm, end of the cosine
 STATE = "scale first last skipped in_row unreadable".split()  # what a checkpoint holds beside the models
-FREE = "out weights data val lr micro_batch precision compile checkpointing workers save_every".split()  # on --resume
+FREE = "weights data val lr micro_batch precision compile checkpointing workers save_every".split()  # on --resume
 
 
 def recipe(name: str, in1k: bool) -> dict[str, object]:
@@ -123,7 +124,7 @@ def learning_rate(update: int, updates: int, warmup: int, peak: float) -> float:
 
 
 def draw_masks(o: argparse.Namespace, grid: int, seed: int, update: int, samples: range) -> Tensor:
-    """The views of some samples of a batch, [samples * V, N], 1 = visible (section 3.2). Each has its own generator, so
+    """The views of some samples of a batch, [samples * V, N], 1 = visible (section 4.2). Each has its own generator, so
     a process draws its share alone."""
     seeds = data.generator("masks", seed, update).integers(2**62, size=samples.stop)[samples.start :: samples.step]
     count, generators = len(samples), [torch.Generator().manual_seed(one) for one in seeds.tolist()]
@@ -163,7 +164,8 @@ def open_images(o: argparse.Namespace, config: vit.ViTConfig) -> tuple[data.Imag
 @torch.no_grad()
 def validate(o: argparse.Namespace, rank: int, world: int, log: run.Log, teacher: vit.ViT, student: maskembed.Student,
              images: Subset, scale: float | None = None) -> float:
-    """The mean loss on masks that are the same every time; without `scale`, the constant that scales the targets."""
+    """Before training, without `scale`: the constant that gives the targets unit variance. Later: the mean loss. The
+    masks are the same every time."""
     device, config, mine = next(student.parameters()).device, teacher.config, range(rank, len(images), world)
     how = {"num_workers": o.workers, "collate_fn": data.collate, "worker_init_fn": run.ignore_signals}
     loader, step = DataLoader(Subset(images, mine), o.micro_batch, **how), o.micro_batch * world

@@ -201,7 +201,7 @@ def make_optimizer(trained: list[nn.Parameter], lr: float, weight_decay: float) 
 
 def keep_features(o: argparse.Namespace, rank: int, world: int, model: vlm.VLM, source: data.Conversations) -> None:
     """Run the frozen backbone once for each row; from then on `source` gives the features in place of the pixels. They
-    lie in a file in --out that all processes share; it has no name any more when this returns, and goes with them."""
+    lie in a file in --out that all processes share; it loses its name at once, and goes with them."""
     device, size = next(model.parameters()).device, model.config.vision.image_size
     rows, file = np.flatnonzero(source.has_image & (source.lengths > 0))[rank::world], o.out / "features.bin"
     loader = DataLoader(Subset(source, [(0, i) for i in rows.tolist()]), 64, num_workers=o.workers,
@@ -210,13 +210,14 @@ def keep_features(o: argparse.Namespace, rank: int, world: int, model: vlm.VLM, 
     with run.autocast(o.precision, device), run.bar("making features", len(rows), rank, unit="image") as bar:
         one = model.features(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))  # [1, M, D]
         kept = torch.from_file(str(file), True, len(source) * one.numel(), dtype=one.dtype).view(-1, *one.shape[1:])
+        run.barrier()
+        file.unlink(missing_ok=True)  # all processes hold it, also without its name
         for part, (batch, bad) in zip(torch.from_numpy(rows).split(64), loader):
             if bad:
                 raise ValueError(f"{bad[0]}; --cache-features needs every image: leave the row out")
             kept[part] = model.features(batch["images"].to(device)).cpu()
             bar.update(len(part))
     run.barrier()
-    file.unlink(missing_ok=True)
     source.features = kept
 
 
@@ -354,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
                 "bad_rows": bad_rows, "conversations": len(source), "model": model_state, "optimizer": optimizer_state,
             })
         if stopped:
-            bar.close(), run.leave(update, updates, stop.asked)
+            run.leave(update, updates, stop.asked)
     bar.close()
 
     save_model(model, o.out / "model", rank, torch.bfloat16 if bf16 else torch.float32)

@@ -157,7 +157,7 @@ class TransformerAdapter(nn.Module):
 
 
 class DecoderAdapter(TransformerAdapter):
-    """`decoder` (section 3.2): an aligned model's own encoder head and decoder, with a new last layer of zeros. Prefix
+    """`decoder` (section 5.1): an aligned model's own encoder head and decoder, with a new last layer of zeros. Prefix
     tokens are hidden from the decoder, as in its training."""
 
     def __init__(self, config: "VLMConfig"):
@@ -322,27 +322,27 @@ class VLM(nn.Module):
         if images is not None and images.dtype == torch.uint8:
             images = self.features(images)
         pointing = [(row, one) for row, one in enumerate(places) if one]
-        if pointing:
-            image = {row: i for i, row in enumerate(range(len(ids)) if rows is None else rows.tolist())}
+        refs = torch.zeros_like(ids, dtype=torch.bool)  # the <REF>s whose hidden states are queries to the decoder
+        if not pointing:
+            x = self.embed(ids)
+        else:
+            image_of = {row: i for i, row in enumerate(range(len(ids)) if rows is None else rows.tolist())}
             patches = self.patches(images)
-            regions = [(image[row], region) for row, one in pointing for region in one.regions]
+            regions = [(image_of[row], region) for row, one in pointing for region in one.regions]
             mine = [row for row, _ in pointing]  # in other samples, <REF> and <region> are mere text
             x = self.embed(ids, mine, [region for _, region in regions], patches[[i for i, _ in regions]])
-            where = torch.zeros_like(ids, dtype=torch.bool)
-            where[mine] = ids[mine] == self.tokenizer.added[decode.REF]
-        else:
-            x, where = self.embed(ids), torch.zeros_like(ids, dtype=torch.bool)
+            refs[mine] = ids[mine] == self.tokenizer.added[decode.REF]
         if images is not None:
             x, mask = self.join(x, torch.ones_like(ids), self.encode_images(images), rows)
             blank = labels.new_full((len(ids), self.config.image_tokens), IGNORE)
-            labels, where = insert(labels, blank), insert(where, blank == 0)
+            labels, refs = insert(labels, blank), insert(refs, blank == 0)
             if rows is not None:  # all padding moves to the right, where attention needs no mask
-                x, labels, where = move_padding(mask, False, x, labels, where)
+                x, labels, refs = move_padding(mask, False, x, labels, refs)
         x = self.language.hidden(x)
         losses = torch.stack([self.language.summed_loss(x, labels)])
-        if targets := [(image[row], *triplet) for row, one in pointing for triplet in one.triplets]:
+        if targets := [(image_of[row], *triplet) for row, one in pointing for triplet in one.triplets]:
             of, units, places = zip(*targets)
-            states = x[where].split(list(map(len, places)))  # of the <REF>s of each triplet, [n, E]
+            states = x[refs].split(list(map(len, places)))  # of the <REF>s of each triplet, [n, E]
             losses = torch.cat([losses, self.pointer.loss(states, patches, of, units, places)])
         elif self.pointer:
             losses = F.pad(losses, (0, len(self.config.pointer.units)))
@@ -367,7 +367,7 @@ class VLM(nn.Module):
         texts = [text + answer for text, answer in zip(texts, answers or [[]] * len(texts))]
         lengths = [len(text) + self.config.image_tokens * (image is not None) for image, text in zip(images, texts)]
         longest, context = max(lengths), self.config.language.max_position_embeddings
-        if longest >= context:
+        if longest >= context and not answers:
             prompt = f"the prompt {prompts[lengths.index(longest)]!r:.40}... takes {longest} tokens with its image"
             raise ValueError(f"{prompt}, which leaves no room for an answer in the context of {context}; shorten it")
         device = self.language.model.embed_tokens.weight.device

@@ -430,6 +430,11 @@ def test_collation_and_images_that_cannot_be_read(tmp_path):
     assert len(bad) == 2 and "a.json, row 3: " in bad[0] and "none.png" in bad[0] and "broken.png" in bad[1]
     assert data.collate_conversations([source[0, 1], source[0, 2]])[0]["rows"] is None
     assert data.collate_conversations([source[0, 0]])[0]["images"] is None
+    source.features = torch.rand(4, 3, 5)  # kept: a row that fails keeps their shape
+    source.point = lambda *_: {}["places"]
+    source.row = lambda i, row=source.row: (row(i)[0] | {"targets": {"box": []}}, *row(i)[1:])
+    batch, bad = data.collate_conversations([source[0, 1]])
+    assert torch.equal(batch["images"], source.features[1:2]) and len(bad) == 1
 
 
 def test_conversation_batches_have_one_modality_and_similar_lengths_on_any_ranks(tmp_path):

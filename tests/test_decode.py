@@ -249,6 +249,14 @@ def test_samples_do_not_change_each_other():
     assert torch.allclose(together, alone, rtol=1e-4) and (alone > 0).all()
 
 
+def test_an_answer_that_fills_the_context_keeps_its_places(monkeypatch):
+    model = a_vlm()
+    ids, prompt = force(model, TEXT, monkeypatch), model.read([picture()], ["Where?"])[0].shape[1]
+    ids += ids[-1:] * (model.config.language.max_position_embeddings - prompt - len(ids))
+    (text, triplets), = model.ground([picture()], ["Where?"])
+    assert text.startswith(TEXT) and len(triplets) == 2 and triplets[1].places is not None
+
+
 def test_models_that_point_are_saved_and_others_say_that_they_cannot(tmp_path: Path, monkeypatch):
     model = a_vlm()
     vlm.save(model, tmp_path / "model")
