@@ -131,9 +131,9 @@ def test_the_authors_checkpoint_becomes_a_whole_aligned_file(tmp_path, monkeypat
     ours = {name.replace("encoder.head.", "head."): value for name, value in state.items()}
     assert student.state_dict().keys() == ours.keys() and len(student.decoder.blocks) == 2
     assert all(torch.equal(value, ours[name]) for name, value in student.state_dict().items())
-    for file in (path, target):  # the authors' and ours
-        larger = convert.read_vit(file, replace(config, image_size=64))
-        assert larger(torch.zeros(1, 3, 64, 64), torch.ones(1, 64)).shape == (1, 65, 64)
+    larger, image = replace(config, image_size=64), torch.randn(1, 3, 64, 64)
+    theirs, our = (convert.read_vit(file, larger)(image, torch.ones(1, 64)) for file in (path, target))
+    assert theirs.shape == (1, 65, 64) and torch.equal(theirs, our)
     del state["decoder.norm.weight"]
     torch.save(state, tmp_path / "damaged.pth")
     assert "its decoder is incomplete" in refusal(convert.read_vit, tmp_path / "damaged.pth", config)
