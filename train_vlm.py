@@ -60,8 +60,7 @@ RECIPES: dict[str, dict[str, object]] = {
     "siglip-so400m-384": PAPER,
     "own": PAPER,
     "demo": PAPER | {
-        "variant": "aligned-mlp", "epochs": 3, "batch": 32, "lr": 1.5e-3, "cache_features": True,
-        "language": f"{HERE}/demo/language",
+        "epochs": 3, "batch": 32, "lr": 1.5e-3, "cache_features": True, "language": f"{HERE}/demo/language",
         "aligned": "runs/align/aligned.safetensors", "baseline": f"{HERE}/demo/teacher.safetensors",
         "aligned scale": 1.13, "baseline scale": 0.27, "pointing": {"pointer_width": 128, "epochs": 2},
     },

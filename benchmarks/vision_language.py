@@ -1,11 +1,11 @@
 """Aligned against baseline, in the demo's vision-language models: `python benchmarks/vision_language.py`.
 
-Pairs of models that differ in the backbone alone, over paired seeds: a seed is that of the scenes, of the alignment, of
-the order of the data and of new weights. The scenes and the aligned backbones are those of benchmarks/locality.py,
+Pairs of models on the teacher and on its aligned version, over paired seeds: a seed is that of the scenes, of the
+alignment, of the order of the data and of new weights. The scenes and the aligned backbones are those of benchmarks/locality.py,
 which runs first. What an earlier call finished in runs/vision-language is kept. Prints a table of the mean scores of
 each kind of question and of the differences, with standard errors; writes the first pair's radar chart (radar.png),
-questions that one of its models answers right and the other one wrong (answers.png), and what a pair points at
-(pointing.png).
+questions that one of its models answers right and the other one wrong (answers.png), and what the models of "pointing"
+point at (pointing.png).
 """
 
 import argparse
@@ -25,10 +25,11 @@ import pictures
 
 OUT = Path("runs/vision-language")
 PAIRS = {  # baseline, aligned
+    "main": ("baseline-mlp", "aligned-decoder"),  # figure 5's
+    "transformer": ("baseline-transformer", "aligned-decoder"),  # figure 11's, as are the next two
     "mlp": ("baseline-mlp", "aligned-mlp"),
-    "transformer": ("baseline-transformer", "aligned-decoder"),
     "truncated": ("baseline-truncated", "aligned-truncated"),
-    "pointing": ("baseline-mlp-pointing", "aligned-mlp-pointing"),  # trained with --units box,mask
+    "pointing": ("baseline-transformer-pointing", "aligned-decoder-pointing"),  # trained with --units box,mask
 }
 KINDS = [name for name in evaluation.BENCHMARKS if name.startswith("scenes-")]  # for models that point
 PLAIN = [name for name in KINDS if name not in evaluation.POINTING]  # for the others
@@ -61,16 +62,17 @@ def scores(variant: str, seeds: list[int]) -> dict[str, np.ndarray]:
 
 
 def table(pairs: list[str], seeds: list[int]) -> str:
-    """Means and paired differences with standard errors."""
-    header, columns = ["percent right"], []
+    """Means of the models, and of each pair's differences, with standard errors."""
+    rows = {variant: scores(variant, seeds) for pair in pairs for variant in PAIRS[pair]}
     for base, aligned in (PAIRS[pair] for pair in pairs):
-        before, after = scores(base, seeds), scores(aligned, seeds)
-        header += [base, aligned, "difference"]
-        for found in (before, after):
-            columns.append([f"{values.mean():.1f} ± {error(values):.1f}" for values in found.values()])
-        changes = [after[title] - before[title] for title in before]
-        columns.append([f"{change.mean():+.1f} ± {error(change):.1f}" for change in changes])
-    return pictures.table(header, [list(row) for row in zip(before, *columns)])
+        rows[f"{aligned} - {base}"] = {title: rows[aligned][title] - rows[base][title] for title in rows[base]}
+    titles = dict.fromkeys(title for row in rows.values() for title in row)
+    lines = []
+    for name, row in rows.items():
+        sign = "+" if " - " in name else ""
+        cells = {title: f"{values.mean():{sign}.1f} ± {error(values):.1f}" for title, values in row.items()}
+        lines.append([name, *(cells.get(title, "") for title in titles)])
+    return pictures.table(["percent right", *titles], lines)
 
 
 def draw_answers(base: str, aligned: str, seed: int, each: int = 4) -> None:
@@ -121,7 +123,7 @@ def main() -> None:
     o = parser.parse_args()
     seeds = list(range(1, o.seeds + 1))
     with ThreadPoolExecutor(2) as pool:
-        jobs = [(variant, seed) for pair in o.pairs for seed in seeds for variant in PAIRS[pair]]
+        jobs = dict.fromkeys((variant, seed) for pair in o.pairs for seed in seeds for variant in PAIRS[pair])
         list(pool.map(train_and_ask, jobs))
     (OUT / "results.json").write_text(json.dumps({
         variant: {title: values.tolist() for title, values in scores(variant, seeds).items()}

@@ -123,7 +123,7 @@ def test_the_demo_takes_the_scenes(parts: Path, scenes: Path, tmp_path: Path, mo
     assert "runs/align/aligned.safetensors: no such file; run train_align.py first" in refusal(train_vlm.main, [])
     train("--weights", parts / "aligned.safetensors", "--language", parts / "llama", "--updates", 1, "--workers", 1)
     assert capsys.readouterr().out.endswith("next: python eval.py runs/vlm\n")
-    assert vlm.load("runs/vlm/model").config.adapter == "mlp"
+    assert vlm.load("runs/vlm/model").config.adapter == "decoder"
     kept = json.loads(Path("runs/vlm/options.json").read_text())
     assert [kept[name] for name in ("batch", "epochs", "lr", "warmup", "weight_decay")] == [32, 3, 1.5e-3, 0.03, 0.1]
 
