@@ -95,8 +95,8 @@ def found_by(objective: str, seeds: list[int]) -> Found:
 
 
 def error(values: np.ndarray) -> float:
-    """The standard error of the mean; 0 for a single value."""
-    return values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    """The standard error of the mean; a single value has none (nan)."""
+    return values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
 
 
 def table(found: dict[str, Found]) -> str:
@@ -129,7 +129,8 @@ def bars(found: dict[str, Found]) -> Image.Image:
         draw.text(at(left - 6, value), f"{value:.0f}", "black", font, "rm")
     for i, title in enumerate(titles):
         for j, (columns, color) in enumerate(zip(found.values(), colors)):
-            x, mean, se = left + group * i + first + bar * j, columns[title].mean(), error(columns[title])
+            x, mean = left + group * i + first + bar * j, columns[title].mean()
+            se = np.nan_to_num(error(columns[title]))
             draw.rectangle([at(x + 2, mean), at(x + bar - 2, low)], color)
             draw.line([at(x + bar / 2, mean - se), at(x + bar / 2, mean + se)], "black", 2 * fine)
             for end in (mean - se, mean + se):
