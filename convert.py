@@ -164,9 +164,9 @@ def read_aligned(config: ViTConfig, tensors: dict[str, Tensor], path: str | Path
     own = {name.replace("encoder.head.", "head."): value.float() for name, value in tensors.items()}
     own = {name: value for name, value in own.items() if name.startswith(("head.", "decoder."))}
     depth = len({name.split(".")[2] for name in own if name.startswith("decoder.blocks.")})
-    width, gated = own["decoder.pos_embed"].shape[-1], any(".fc1_g." in name for name in own)  # EVA02's
+    width = own["decoder.pos_embed"].shape[-1]
     head = nn.Linear(config.embed_dim, width)  # the authors keep it in the encoder
-    student = Student(encoder, head, maskembed.Decoder(config, depth, width, swiglu=gated), "penultimate")
+    student = Student(encoder, head, maskembed.Decoder(config, depth, width), "penultimate")
     own["decoder.pos_embed"] = vit.resample_positions(own["decoder.pos_embed"], config.grid, config.num_prefix)
     try:
         student.load_state_dict(own | {f"encoder.{k}": v for k, v in encoder.state_dict().items()})
@@ -388,7 +388,7 @@ def convert_conversations(source: str | Path, target: str | Path) -> str:
     """Files as distributed -> rows for train_vlm.py --data: LRV-Instruct (image_id, question, answer),
     LVIS-Instruct-4V; with --units, RefCOCO's refs(...).p and COCO's instances. ValueError: a row is none of these."""
     pickled, rows = Path(source).suffix == ".p", []
-    found = [] if pickled else data.read_json(source, lines=None)
+    found = [] if pickled else data.read_json(source, rows=True)
     if pickled or found and isinstance(found[0], dict) and "annotations" in found[0]:
         try:
             rows = [pointing_row(*each) for each in (references(source) if pickled else instances(*found))]

@@ -58,11 +58,11 @@ def read_text(path: Path) -> str:
     return text.decode("utf-16" if wide else "utf-8-sig", "replace").replace("\r\n", "\n")
 
 
-def read_json(path: Path, lines: bool | None = False) -> Any:
-    """The value in a JSON file, or those on its lines (lines=None: on its lines, unless it begins with "["). Half an
-    emoji in a string becomes U+FFFD. ValueError names the line that is not JSON."""
+def read_json(path: Path, rows: bool = False) -> Any:
+    """The value in a JSON file. rows: a list of values, which may also stand on a line each. Half an emoji in a string
+    becomes U+FFFD. ValueError names the line that is not JSON."""
     text, values = re.sub(HALVES, r"\\ufffd", read_text(path)), []
-    lines = text.lstrip()[:1] != "[" if lines is None else lines
+    lines = rows and text.lstrip()[:1] != "["
     for number, part in enumerate(text.split("\n") if lines else [text]):
         try:
             values += [json.loads(part)] if part.strip() or not lines else []
@@ -101,7 +101,7 @@ class ImageFolder(Strings):
             raise ValueError(f"{self.root} is not a folder: give the path of a folder of images")
         paths = list_images(self.root)
         if part != "all":  # checksums of numbered names can crowd into a range or miss it, their products do not
-            hashes = [zlib.crc32(path if b"/" in path else b"/" + path) * 2654435769 % 2**32 for path in paths]
+            hashes = [zlib.crc32(path) * 2654435769 % 2**32 for path in paths]
             paths = [path for path, h in zip(paths, hashes) if (h < val_share * 2**32) == (part == "val")]
         if not paths:
             which = "images" if part == "all" else f"{part} images at a held-out share of {val_share}"
@@ -372,13 +372,14 @@ class Segmentation:
 
     def __init__(self, root: Path, part: str, size: int):
         self.size, parts = size, (part, {"train": "training", "val": "validation"}[part])
-        for *folders, names, self.shift, groups in LAYOUTS:
-            images, self.maps = (os.path.join(root, folder.format(*parts)) for folder in folders)
-            if os.path.isdir(images) and os.path.isdir(self.maps):
+        for images, maps, names, shift, groups in LAYOUTS:
+            images, maps = (os.path.join(root, folder.format(*parts)) for folder in (images, maps))
+            if os.path.isdir(images) and os.path.isdir(maps):
                 break
         else:
             wanted = "; ".join(" and ".join(layout[:2]).format(*parts) for layout in LAYOUTS)
             raise ValueError(f"{root} holds no {part} images with label maps; it should hold {wanted}")
+        self.maps, self.shift = maps, shift
         self.images, (self.names, found) = ImageFolder(images), read_class_names(os.path.join(root, names))
         self.groups = groups or found
 
@@ -511,7 +512,7 @@ class Conversations(Dataset):
         self.roots = roots * len(files) if len(roots) == 1 else roots
         if len(self.roots) != len(files) or not all(map(os.path.isdir, roots)):
             raise ValueError(f"{', '.join(map(str, roots))}: give one folder of images for all files, or one for each")
-        rows = ((i, n, row) for i, file in enumerate(files) for n, row in enumerate(read_json(file, None) or [None], 1))
+        rows = ((i, n, row) for i, file in enumerate(files) for n, row in enumerate(read_json(file, True) or [None], 1))
         self._rows = Strings([json.dumps(row).encode() for row in rows])  # each with its file, and its number there
         blocks = DataLoader(range(len(self)), 256, num_workers=workers, collate_fn=self._measure)
         blocks = tqdm(blocks, "measuring conversations", leave=False, delay=2, disable=None)

@@ -266,7 +266,7 @@ def read_vizwiz(root: Path) -> Iterator[Item]:
 def read_textvqa(ocr: bool, root: Path) -> Iterator[Item]:
     """TextVQA val, with or without the words that an OCR system read, from LLaVA's file, which has the same order."""
     rows = read_json(root / "textvqa/TextVQA_0.5.1_val.json")["data"]
-    for row, other in zip(rows, read_json(root / "textvqa/llava_textvqa_val_v051_ocr.jsonl", lines=True), strict=True):
+    for row, other in zip(rows, read_json(root / "textvqa/llava_textvqa_val_v051_ocr.jsonl", rows=True), strict=True):
         if Path(other["image"]).stem != row["image_id"]:
             raise ValueError(f"image {row['image_id']} here, {other['image']} in the file with OCR tokens")
         question = other["text"].rsplit("\n", 1)[0]  # the last line is LLaVA's instruction
@@ -296,7 +296,7 @@ def read_ocid_ref(root: Path) -> Iterator[Item]:
 
 def read_vsr(root: Path) -> Iterator[Item]:
     """VSR zero-shot test; the line's number, from 0, is the question's id."""
-    for number, row in enumerate(read_json(root / "vsr/test.jsonl", lines=True)):
+    for number, row in enumerate(read_json(root / "vsr/test.jsonl", rows=True)):
         yield Item(number, root / "vsr/images" / row["image"], row["caption"], (1, 0)[row["label"]])
 
 
@@ -321,7 +321,7 @@ def read_ai2d(root: Path) -> Iterator[Item]:
 def read_pope(root: Path) -> Iterator[Item]:
     """POPE, three splits; a question's id is "adversarial-1"."""
     for part in BENCHMARKS["pope"].parts:
-        for row in read_json(root / f"pope/coco_pope_{part}.json", lines=True):
+        for row in read_json(root / f"pope/coco_pope_{part}.json", rows=True):
             image, truth = root / "coco/val2014" / row["image"], ("yes", "no").index(row["label"])
             yield Item(f"{part}-{row['question_id']}", image, row["text"], truth, part=part)
 

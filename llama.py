@@ -445,9 +445,9 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write(folder: str | Path, config: LlamaConfig, names: Sequence[str], get: Callable[[str], Tensor]) -> None:
-    """Write a new folder, whole or not at all, in transformers' layout: config.json and files of at most SHARD bytes.
-    get: gives the tensor of a name; those of one file are in memory at a time. Errors: see `new_folder`."""
+def write(folder: Path, config: LlamaConfig, names: Sequence[str], get: Callable[[str], Tensor]) -> None:
+    """Write a model into a folder in transformers' layout: config.json and files of at most SHARD bytes.
+    get: gives the tensor of a name; those of one file are in memory at a time."""
     dtype = get(names[-1]).dtype
     with torch.device("meta"):
         size = {name: p.numel() * dtype.itemsize for name, p in Llama(config).named_parameters()}
@@ -460,16 +460,16 @@ def write(folder: str | Path, config: LlamaConfig, names: Sequence[str], get: Ca
     form = "model-{:05d}-of-{:05d}.safetensors" if len(shards) > 1 else "model.safetensors"
     files = {form.format(i, len(shards)): shard for i, shard in enumerate(shards, 1)}
     index = {"weight_map": {name: file for file, shard in files.items() for name in shard}}
-    with new_folder(folder) as temporary:
-        (temporary / "config.json").write_text(json.dumps(config.to_transformers(dtype), indent=2))
-        if len(shards) > 1:
-            index["metadata"] = {"total_size": sum(size.values())}
-            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        for file, shard in files.items():
-            save_file({name: get(name).cpu().contiguous() for name in shard}, temporary / file, {"format": "pt"})
-            (temporary / file).chmod((temporary / "config.json").stat().st_mode)  # safetensors lets only the owner read
+    (folder / "config.json").write_text(json.dumps(config.to_transformers(dtype), indent=2))
+    if len(shards) > 1:
+        index["metadata"] = {"total_size": sum(size.values())}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for file, shard in files.items():
+        save_file({name: get(name).cpu().contiguous() for name in shard}, folder / file, {"format": "pt"})
+        (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only the owner read
 
 
 def save(model: Llama, folder: str | Path) -> None:
-    """Write a model to a new folder in transformers' layout, whole or not at all. Errors: see `write`."""
-    write(folder, model.config, [name for name, _ in model.named_parameters()], model.get_parameter)
+    """Write a model to a new folder in transformers' layout, whole or not at all. Errors: see `new_folder`."""
+    with new_folder(folder) as temporary:
+        write(temporary, model.config, [name for name, _ in model.named_parameters()], model.get_parameter)

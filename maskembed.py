@@ -84,21 +84,20 @@ class Decoder(nn.Module):
 
     Position embedding, pre-norm blocks with LayerScale, norm, linear layer. For BEiT the same plain blocks.
 
-    encoder: the encoder's config, whose heads, activation and qkv bias the blocks take over. width: W, a multiple of
-    the encoder's channels per head (ValueError); None: the encoder's. softcap: of its attention; the paper has none.
-    swiglu: EVA02's kind of MLP, with a hidden width of 4 W."""
+    encoder: the encoder's config, whose heads, activation and qkv bias the blocks take over (EVA02's: SwiGLU, with a
+    hidden width of 4 W), but not the soft-cap. width: W, a multiple of the encoder's channels per head (ValueError);
+    None: the encoder's."""
 
-    def __init__(self, encoder: ViTConfig, depth: int = 2, width: int | None = None, softcap: float | None = None,
-                 swiglu: bool = False):
+    def __init__(self, encoder: ViTConfig, depth: int = 2, width: int | None = None):
         super().__init__()
         width, head_dim = width or encoder.embed_dim, encoder.embed_dim // encoder.num_heads
         if width % head_dim:
             raise ValueError(f"decoder width {width}: must be a multiple of the {head_dim} channels per head")
-        self.options = {"depth": depth, "width": width, "softcap": softcap, "swiglu": swiglu}
-        act = "swiglu" if swiglu else encoder.act if encoder.family == "vit" else "gelu"
+        self.options = {"depth": depth, "width": width}
+        act = "swiglu" if encoder.family == "eva02" else encoder.act
         config = replace(
             encoder, family="vit", embed_dim=width, num_heads=width // head_dim, depth=depth, mlp_ratio=4.0, act=act,
-            norm_eps=1e-5, layer_scale=1e-6, softcap=softcap,
+            norm_eps=1e-5, layer_scale=1e-6, softcap=None,
         )
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, encoder.num_prefix + encoder.num_patches, width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(depth))
@@ -198,12 +197,15 @@ def make_student(teacher: ViT, objective: Objective = OBJECTIVES["maskembed"], s
     if objective.head:
         config = replace(config, final_norm=1e-5)
     encoder = ViT(config)
-    fresh = ["norm."] * objective.head + [f"blocks.{config.depth - 1}."] * reinit_last_block
-    kept = {k: v for k, v in teacher.state_dict().items() if not k.startswith(tuple(fresh))}
+    kept = teacher.state_dict()
+    if objective.head:  # a fresh final norm
+        kept = {k: v for k, v in kept.items() if not k.startswith("norm.")}
+    if reinit_last_block:
+        kept = {k: v for k, v in kept.items() if not k.startswith(f"blocks.{config.depth - 1}.")}
     encoder.load_state_dict(encoder.state_dict() | kept)
     decoder, width = objective.decoder, config.embed_dim
     if decoder == "transformer":
-        decoder = Decoder(config, decoder_depth, decoder_width, swiglu=config.family == "eva02")
+        decoder = Decoder(config, decoder_depth, decoder_width)
         width = decoder.options["width"]
     head = nn.Linear(config.embed_dim, width) if objective.head else nn.Identity()
     for parameter in head.parameters():
@@ -234,7 +236,7 @@ def load(path: str | Path, config: str | ViTConfig | None = None) -> Student:
     about = json.loads(metadata["maskembed"])
     decoder, width = about["decoder"], encoder.config.embed_dim
     if isinstance(decoder, dict):
-        decoder, width = Decoder(encoder.config, **decoder), decoder["width"]
+        decoder, width = Decoder(encoder.config, decoder["depth"], decoder["width"]), decoder["width"]
     head = nn.Linear(encoder.config.embed_dim, width) if about["head"] else nn.Identity()
     student = Student(encoder, head, decoder, about["target"], about["target_scale"])
     tensors |= {f"encoder.{name}": value for name, value in encoder.state_dict().items()}  # of the wanted image size

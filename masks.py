@@ -37,14 +37,13 @@ def block(batch: int, grid: int, visible: float = 0.4, generator: Random = None)
     """BEiT's block masks, inverted: random rectangles are revealed until at least a fraction `visible` is visible.
 
     With A = max(2, int(visible * N)), a rectangle's area is an integer from 16 (or A, if that is less) to A - 1, its
-    aspect ratio uniform in [0.3, 1/0.3]; its sides are cut to the grid. If 1,000 rectangles are not enough, the rest of
-    the share is revealed row by row. grid: patches along each side."""
+    aspect ratio uniform in [0.3, 1/0.3]; its sides are cut to the grid. grid: patches along each side."""
     if not 0 < visible <= 1:
         raise ValueError(f"visible is {visible}; a block mask needs a fraction in (0, 1]")
     masks, wanted, todo = torch.zeros(batch, grid**2, dtype=torch.bool), visible * grid**2, torch.arange(batch)
     most = max(2, int(wanted))
     least = min(16, most)
-    for _ in range(1000):  # a rectangle for each mask that needs more
+    while len(todo):  # a rectangle for each mask that needs more
         mine = [generator[i] for i in todo.tolist()] if isinstance(generator, Sequence) else generator
         u = rand(len(todo), 4, mine).T  # [4, todo]
         area, aspect = least + (u[0] * (most - least)).floor(), 0.3 + (1 / 0.3 - 0.3) * u[1]
@@ -52,10 +51,6 @@ def block(batch: int, grid: int, visible: float = 0.4, generator: Random = None)
         top, left = (u[2] * (grid - height + 1)).floor(), (u[3] * (grid - width + 1)).floor()
         masks[todo] |= from_windows(torch.stack([top, left, height, width], 1), grid).bool()
         todo = todo[masks[todo].sum(1) < wanted]
-        if not len(todo):
-            return masks.float()
-    short = (wanted - masks[todo].sum(1, keepdim=True)).ceil()
-    masks[todo] |= (~masks[todo]).cumsum(1) <= short
     return masks.float()
 
 

@@ -100,7 +100,7 @@ def probes(o: Namespace) -> list[Probe]:
     return chosen
 
 
-def title(task: str, head: str = "", intervention: str = "none", seed: int = 0) -> str:
+def title(task: str, head: str, intervention: str, seed: int) -> str:
     """The column of the results that a probe belongs to, with those of other seeds."""
     return ", ".join(part for part in (task, head, intervention) if part not in ("", "none"))
 
@@ -474,7 +474,7 @@ def report(o: Namespace, root: str, names: list[str]) -> None:
         metrics = [metric for metric, values in scores[names[0], column].items() if values.ndim == 1]
         cells = {m.replace("_", " "): (column, m) for m in metrics if m not in ("epoch", "update", "train_loss")}
         parts += [f"### {column}", compare(scores, names, "backbone", cells)]
-    first = next((x for x in results if x.get("maps") and "shown" in x), None)  # of the first local column
+    first = next((x for x in results if x.get("maps")), None)  # of the first local column
     if first:
         same = [x for x in results if all(x.get(key) == first[key] for key in ("probe", "shown"))]
         size, patch = first["geometry"]
@@ -510,7 +510,7 @@ def unfinished(o: Namespace, root: str, backbones: dict) -> list[tuple[str, Prob
             todo.append((name, probe, now))
         elif not o.resume:
             raise ValueError(f"{o.out} holds probes already; keep them with --resume, or choose another --out")
-        elif other := [key for key in now if key in then and then[key] != now[key]]:
+        elif other := [key for key in now if then[key] != now[key]]:
             raise ValueError(f"{file} was made with another {' and '.join(other)}; give the same, or another --out")
     return todo
 
@@ -538,13 +538,12 @@ def main(argv: list[str] | None = None) -> None:
         if o.skip_blocks > config.depth:
             raise ValueError(f"--skip-blocks {o.skip_blocks}: {name} has {config.depth} blocks")
         # images with their labels, and the frozen backbone's tokens
-        parts = {}
+        parts, heads = {}, any(head for _, (_, head, *_), _ in group)
         for part, most in (("train", None), ("val", o.val_images)):
             source = data.Segmentation(root, part, config.image_size)
             labels = data.PatchLabels(source, config.patch_size, o.labels, most)
-            parts[part] = labels, None
-            if any(head for _, (_, head, *_), _ in group):
-                parts[part] = labels, features(labels, backbone, o, autocast, f"{name}: {part} features")
+            read = features(labels, backbone, o, autocast, f"{name}: {part} features") if heads else None
+            parts[part] = labels, read
         for _, probe, settings in group:
             file, (task, head, intervention, seed) = result_file(o, name, probe), probe
             result = {"settings": settings, "geometry": [config.image_size, config.patch_size]}

@@ -37,7 +37,6 @@ import vit
 # --- options: the paper's numbers are the defaults --------------------------------------------------------------------
 
 BETAS, WEIGHT_DECAY, MAX_NORM, END = (0.9, 0.95), 0.01, 1.0, 0.1  # table 6: AdamW, gradient norm, end of the cosine
-STATE = "scale first last skipped in_row unreadable".split()  # what a checkpoint holds beside the models
 FREE = "weights data val lr micro_batch precision compile checkpointing workers save_every".split()  # on --resume
 
 
@@ -148,14 +147,17 @@ def prepare(config: vit.ViTConfig, image: Image.Image, _: np.random.Generator) -
 
 def open_images(o: argparse.Namespace, config: vit.ViTConfig) -> tuple[data.ImageFolder, Subset]:
     """Training images, and evenly spaced validation images; without --data those of the demo's scenes."""
-    parts = [(o.data, "all"), (o.val, "all")] if o.val else [(o.data, "train"), (o.data, "val")]
-    if o.data and not o.val and all((Path(o.data) / part).is_dir() for part in ("train", "val")):  # ImageNet's layout
-        parts = [(Path(o.data) / part, "all") for part in ("train", "val")]
     if not o.data:
         from demo import scenes
 
         folder = run.on_first(scenes.ensure) / "images"
         parts = [(folder / "train", "all"), (o.val or folder / "val", "all")]
+    elif o.val:
+        parts = [(o.data, "all"), (o.val, "all")]
+    elif all((Path(o.data) / part).is_dir() for part in ("train", "val")):  # ImageNet's layout
+        parts = [(Path(o.data) / part, "all") for part in ("train", "val")]
+    else:  # a share is held out
+        parts = [(o.data, "train"), (o.data, "val")]
     train, val = run.on_first(lambda: [data.ImageFolder(*part, o.val_share) for part in parts])  # listed once for all
     chosen = np.linspace(0, len(val), min(o.val_images, len(val)), endpoint=False).astype(int).tolist()
     return train, Subset(data.Images(val, partial(prepare, config), seed=0), [(0, i) for i in chosen])
@@ -245,7 +247,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--data or --weights: other images or another backbone than in {o.out}; give the same")
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
-        scale, first, last, skipped, in_row, unreadable = (state[k] for k in STATE)
+        scale, first, last = state["scale"], state["first"], state["last"]
+        skipped, in_row, unreadable = state["skipped"], state["in_row"], state["unreadable"]
     else:
         run.on_first(lambda: run.write(o.out / "options.json", json.dumps(kept, indent=2)))
         scale = 1.0 if o.loss == "cosine" else validate(o, rank, world, log, teacher, student, val)
@@ -296,7 +299,8 @@ def main(argv: list[str] | None = None) -> None:
         rate = o.batch / (time.perf_counter() - clock)
         log.record(update=update, loss=loss, lr=lr, grad_norm=norm, skipped=skipped, unreadable=unreadable,
                    images_per_s=round(rate, 1))
-        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False), bar.update()
+        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
+        bar.update()
         run.check_finite(in_row, update)
         data.check_unreadable(unreadable, update * o.batch)
 
@@ -309,11 +313,11 @@ def main(argv: list[str] | None = None) -> None:
             if rank == 0:
                 draw_picture(o.out / f"pictures/update-{update:08d}.png", teacher, student.encoder, val, o.precision)
         if epoch_ends or stopped or update % o.save_every == 0:
-            values = scale, first, last, skipped, in_row, unreadable
             run.save(o.out / "checkpoints", update, {
                 "options": kept, "update": update, "images": len(train), "backbone": asdict(config),
                 "student": student.state_dict(), "metadata": maskembed.describe(student),
-                "optimizer": optimizer.state_dict(), **dict(zip(STATE, values)),
+                "optimizer": optimizer.state_dict(), "scale": scale, "first": first, "last": last,
+                "skipped": skipped, "in_row": in_row, "unreadable": unreadable,
             })
         if stopped:
             run.leave(update, updates, stop.asked)

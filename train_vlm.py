@@ -53,7 +53,8 @@ VARIANTS: dict[str, tuple[str, bool]] = {
     "dinov2-fusion": ("fused-mlp", False),
 }
 # Table 7: the same numbers for both backbones, all variants and both data mixtures. They fill in what was not typed.
-PAPER = {"variant": "aligned-decoder", "epochs": 2, "batch": 128, "lr": 2e-5, "warmup": 0.03, "weight_decay": 0.1}
+PAPER = {"variant": "aligned-decoder", "epochs": 2, "batch": 128, "lr": 2e-5, "warmup": 0.03, "weight_decay": 0.1,
+         "pointer_width": 256}
 HERE = Path(__file__).parent
 RECIPES: dict[str, dict[str, object]] = {
     "clip-vit-l-336": PAPER,
@@ -104,7 +105,7 @@ def options(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | N
     add("--seed", type=run.number(0), default=0, help="of the order of the data and of new weights")
     # the machine
     add("--fsdp", **switch, help="shard weights, gradients and optimizer over the processes (FSDP2)")
-    add("--micro-batch", type=count, help="conversations at a time on a process, at most; default: 16")
+    add("--micro-batch", type=count, default=16, help="conversations at a time on a process, at most")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the device has it")
     add("--checkpointing", **switch, help="recompute activations instead of keeping them")
     add("--cache-features", action=argparse.BooleanOptionalAction,
@@ -167,7 +168,7 @@ def build_model(o: argparse.Namespace, empty: bool) -> vlm.VLM:
     else:
         language = llama.load(o.language, least=tokens)
     model = vlm.build(vision, language, tokenizer, adapter, second, vlm.TEMPLATES[o.template], o.max_text,
-                      o.feature_scale, o.units, width=o.pointer_width or 256, depth=o.pointer_depth)
+                      o.feature_scale, o.units, width=o.pointer_width, depth=o.pointer_depth)
     for part in (model.language, *model.adapter.modules()):
         if hasattr(part, "checkpointing"):
             part.checkpointing = o.checkpointing
@@ -244,7 +245,8 @@ def main(argv: list[str] | None = None) -> None:
     sharded = o.fsdp and dist.is_initialized()
     model = build_model(o, empty=sharded)
     if bf16:  # the frozen part is rounded once, as when it is loaded for evaluation
-        model.vision.bfloat16(), model.second and model.second.bfloat16()
+        for backbone in filter(None, (model.vision, model.second)):
+            backbone.bfloat16()
     if sharded:
         shard(model, o.language, device, bf16)
     model.to(device)
@@ -271,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     if o.cache_features:
         keep_features(o, rank, world, model, source)
     share = o.batch // world
-    micro = run.micro_batch(share, o.micro_batch or 16)
+    micro = run.micro_batch(share, o.micro_batch)
     start = state["update"] if state else 0
     batches = data.ConversationBatches(source, o.batch, o.epochs, o.seed, rank, world, micro, start, o.updates)
     loader = iter(DataLoader(source, batch_sampler=batches, num_workers=o.workers, worker_init_fn=run.ignore_signals,
@@ -341,7 +343,8 @@ def main(argv: list[str] | None = None) -> None:
         values |= {"lr": lr, "grad_norm": norm, "labels": int(counts[0]), "skipped": skipped, "bad_rows": bad_rows}
         log.record(update=update, **values, conversations_per_s=round(rate, 1))
         shown = [f"{name} {value:.4f}" for name, value in zip(("loss", *o.units), (loss, *pointing))]
-        bar.set_postfix_str(f"{', '.join(shown)}, {rate:.1f} conversations/s", refresh=False), bar.update()
+        bar.set_postfix_str(f"{', '.join(shown)}, {rate:.1f} conversations/s", refresh=False)
+        bar.update()
         log.once("left out", bad)
         data.check_unreadable(bad_rows, update * o.batch, "conversations")
         run.check_finite(skipped_in_row, update)

@@ -121,10 +121,10 @@ BACKBONES: dict[str, ViTConfig] = {  # table 5, and dinov2-vit-l for feature fus
 
 def attention(q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None, bias: Tensor | None = None) -> Tensor:
     """Soft-capped attention (appendix C), or plain with an additive bias [H, T, T]. q, k, v, result: [B, H, T, d]."""
-    if q.is_cuda and softcap is not None and torch.cuda.get_device_properties(q.device).major >= 8:  # A100 or newer
-        return flex_softcap(q, k, v, softcap)  # what follows in one fused kernel
     if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
+        return F.scaled_dot_product_attention(q, k, v, bias)
+    if q.is_cuda and torch.cuda.get_device_properties(q.device).major >= 8:  # A100 or newer
+        return flex_softcap(q, k, v, softcap)  # what follows in one fused kernel
     logits = q @ k.mT / math.sqrt(q.shape[-1])  # [B, H, T, T]
     return (softcap * torch.tanh(logits / softcap)).softmax(-1) @ v
 
@@ -265,9 +265,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]. positions: from `block_positions`."""
-        ls1, ls2 = (self.gamma_1.mul, self.gamma_2.mul) if self.beit else (self.ls1, self.ls2)
-        x = x + ls1(self.attn(self.norm1(x), positions))
-        return x + ls2(self.mlp(self.norm2(x)))
+        if self.beit:
+            x = x + self.gamma_1 * self.attn(self.norm1(x), positions)
+            return x + self.gamma_2 * self.mlp(self.norm2(x))
+        x = x + self.ls1(self.attn(self.norm1(x), positions))
+        return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -418,26 +420,26 @@ def load(path: str | Path, config: str | ViTConfig | None = None) -> ViT:
 
     config: a name of BACKBONES or a ViTConfig, to whose image size positions are resampled. A file of ours carries its
         own config: None is enough, a name is checked, a ViTConfig sets the image size. ValueError: what is wrong."""
-    named = isinstance(config, str)
-    if named and config not in BACKBONES:
+    if isinstance(config, str) and config not in BACKBONES:
         raise ValueError(f"{config}: no such backbone; the known ones are {', '.join(BACKBONES)}")
-    config = BACKBONES[config] if named else config
+    asked = BACKBONES[config] if isinstance(config, str) else config  # None: whatever the file holds
     tensors, metadata = read_tensors(path)
-    own = read_config(metadata, path)
+    own = read_config(metadata, path)  # None: not a file of ours
     prefix = "encoder." if own and "encoder.patch_embed.proj.weight" in tensors else ""
-    name = next((name for name, known in BACKBONES.items() if known == config), "NAME")
+    name = next((name for name, known in BACKBONES.items() if known == asked), "NAME")
     how = f"python convert.py vit {name} {path} {'NEW' if name == 'NAME' else name}.safetensors"
     if prefix + "patch_embed.proj.weight" not in tensors:
         raise ValueError(f"{path}: its tensors have neither our names nor timm's; if it is a ViT, run `{how}` first")
-    for key, value in asdict(own).items() if own and config else ():  # alignment changes the final norm and the cap
-        if key not in ("image_size", "final_norm", "softcap", "source") and value != getattr(config, key):
-            raise ValueError(f"{path}: its {key} is {value}, not {getattr(config, key)}; name the one it holds")
-    if own is None and config is None:
+    if own is None and asked is None:
         raise ValueError(f"{path}: does not say which backbone it holds; name one of {', '.join(BACKBONES)}")
-    config = config if own else confirm(path, config)
-    own = replace(own, image_size=config.image_size) if own and config and not named else own
+    for key, value in asdict(own).items() if own and asked else ():  # alignment changes the final norm and the cap
+        if key not in ("image_size", "final_norm", "softcap", "source") and value != getattr(asked, key):
+            raise ValueError(f"{path}: its {key} is {value}, not {getattr(asked, key)}; name the one it holds")
+    built = own or confirm(path, asked)
+    if own and isinstance(config, ViTConfig):
+        built = replace(own, image_size=config.image_size)
     with torch.device("meta"):  # no memory and no time for initial values that the file replaces
-        model = ViT(own or config)
+        model = ViT(built)
     model.to_empty(device="cpu")
     tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     try:
@@ -559,9 +561,9 @@ def find_weights(path: Path) -> Path:
     """A file itself; of a folder, the one .safetensors file, or else the one pickle in it."""
     if not path.is_dir():
         return path
-    kinds = [(".safetensors",), (".bin", ".pt", ".pth", ".tar")]
-    kinds = [sorted(f for f in path.glob("[!.]*") if f.suffix in kind) for kind in kinds]
-    found = next(filter(None, kinds), [])
+    files = sorted(path.glob("[!.]*"))
+    found = [file for file in files if file.suffix == ".safetensors"]
+    found = found or [file for file in files if file.suffix in (".bin", ".pt", ".pth", ".tar")]
     if len(found) == 1:
         return found[0]
     raise ValueError(f"{path}: give one of the weight files in it: {', '.join(file.name for file in found) or 'none'}")

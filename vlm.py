@@ -20,6 +20,7 @@ width, E the language model's width, W the vocabulary size.
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -121,25 +122,20 @@ def prepare(image: Image.Image, config: ViTConfig) -> Tensor:
 # fused-mlp     patches                                patches; both after those of a second backbone, a baseline
 
 
-class MLP(nn.Module):
+class MLP(nn.Sequential):
     """`mlp`, the usual adapter: linear D -> E, GELU, linear E -> E."""
 
     def __init__(self, config: "VLMConfig"):
-        super().__init__()
         D, E = config.vision.embed_dim, config.language.hidden_size
-        self.projector = nn.Sequential(nn.Linear(D, E), nn.GELU(), nn.Linear(E, E))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.projector(x)
+        super().__init__(nn.Linear(D, E), nn.GELU(), nn.Linear(E, E))
 
 
-class FusedMLP(MLP):
+class FusedMLP(nn.Sequential):
     """`fused-mlp` (figure 13): features of two backbones side by side, D = D1 + D2 channels, three linear layers."""
 
     def __init__(self, config: "VLMConfig"):
-        nn.Module.__init__(self)
         D, E = config.second.embed_dim + config.vision.embed_dim, config.language.hidden_size
-        self.projector = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, E), nn.GELU(), nn.Linear(E, E))
+        super().__init__(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, E), nn.GELU(), nn.Linear(E, E))
 
 
 class TransformerAdapter(nn.Module):
@@ -147,7 +143,8 @@ class TransformerAdapter(nn.Module):
 
     def __init__(self, config: "VLMConfig"):
         super().__init__()
-        self.decoder = maskembed.Decoder(config.vision, **config.decoder or {})
+        options = config.decoder or {}
+        self.decoder = maskembed.Decoder(config.vision, options.get("depth", 2), options.get("width"))
         width = self.decoder.options["width"]
         self.head = nn.Linear(config.vision.embed_dim, width)
         self.decoder.head = nn.Linear(width, config.language.hidden_size)
@@ -163,7 +160,8 @@ class DecoderAdapter(TransformerAdapter):
     def __init__(self, config: "VLMConfig"):
         super().__init__(config)
         self.num_prefix = config.vision.num_prefix
-        nn.init.zeros_(self.decoder.head.weight), nn.init.zeros_(self.decoder.head.bias)
+        for parameter in self.decoder.head.parameters():
+            nn.init.zeros_(parameter)
 
     def start(self, student: Student) -> None:
         """Copy the aligned model's head, and its decoder but for the last layer."""
@@ -186,7 +184,8 @@ class Truncated(nn.Module):
         self.blocks = nn.ModuleList([Block(config.vision), Block(config.vision)])
         self.norm = nn.Identity() if eps is None else nn.LayerNorm(D, eps)
         self.head = nn.Linear(D, config.language.hidden_size)
-        nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
 
     def start(self, backbone: ViT) -> None:
         """Copy the backbone's own blocks and norm."""
@@ -279,9 +278,8 @@ class VLM(nn.Module):
             features.append(x if self.config.prefix else x[:, backbone.config.num_prefix :])  # of [B, P + N, D]
         return self.config.feature_scale * torch.cat(features, -1)
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Pixels, uint8 [B, 3, H, W], or their `features` -> image tokens for the language model, [B, M, E]."""
-        features = self.features(images) if images.dtype == torch.uint8 else images
+    def encode_images(self, features: Tensor) -> Tensor:
+        """`features` of images -> image tokens for the language model: [B, M, D] -> [B, M, E]."""
         return self.adapter(features.to(next(self.adapter.parameters()).dtype))  # bf16 where FSDP gathers weights in it
 
     def patches(self, features: Tensor) -> Tensor:
@@ -377,7 +375,8 @@ class VLM(nn.Module):
             distinct = {id(images[i]): images[i] for i in rows}
             which = [list(distinct).index(id(images[i])) for i in rows]
             pixels = [prepare(image, self.config.vision) for image in distinct.values()]
-            pixels += pixels[:1] * ((1 << (len(pixels) - 1).bit_length()) - len(pixels))  # few shapes to compile
+            size = 2 ** math.ceil(math.log2(len(pixels)))  # of the batch: few shapes to compile
+            pixels += pixels[:1] * (size - len(pixels))
             features = self.features(torch.stack(pixels).to(device))
             inside = [decode.region(region, vit.upright(images[i]).size, self.config.vision.grid)
                       for i in rows for region in regions[i]]
@@ -570,8 +569,7 @@ def read_config(folder: str | Path) -> VLMConfig:
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VLM:
     """A model with the weights of a folder, in evaluation mode. ValueError: names the file and what is wrong."""
     config, path = read_config(folder), Path(folder) / "model.safetensors"
-    added = config.added or decode.ADDED * bool(config.pointer)  # folders written before the list was kept have none
-    tokenizer = Tokenizer(Path(folder), config.language.vocab_size, added)
+    tokenizer = Tokenizer(Path(folder), config.language.vocab_size, config.added)
     tensors = vit.read_tensors(path)[0]
     with torch.device("meta"):  # no memory and no time for values that the file replaces
         model = VLM(config, tokenizer).to(dtype)

@@ -265,10 +265,7 @@ def test_models_that_point_are_saved_and_others_say_that_they_cannot(tmp_path: P
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     texts = [force(each, TEXT, monkeypatch) and each.ground([picture()], ["Where?"])[0][1] for each in (model, again)]
     assert torch.equal(texts[0][0].places, texts[1][0].places)
-    values = json.loads((tmp_path / "model/config.json").read_text())
-    assert tuple(values.pop("added")) == decode.ADDED
-    (tmp_path / "model/config.json").write_text(json.dumps(values))
-    assert vlm.load(tmp_path / "model").tokenizer.added == model.tokenizer.added  # as the first such folders were
+    assert tuple(json.loads((tmp_path / "model/config.json").read_text())["added"]) == decode.ADDED
     force(again, "<Phrase>a</Phrase>(<Unit>line</Unit>[0]<REF>)", monkeypatch)
     assert again.ground([picture()], ["Where?"])[0][1][0].places is None  # of a unit that it has no decoder for
     assert "train one with train_vlm.py --units" in refusal(a_vlm(()).ground, [picture()], ["Where?"])

@@ -43,7 +43,7 @@ def test_block_reveals_rectangles_up_to_the_share(grid):
         masks.block(1, grid, 0.0)
 
 
-def test_block_draws_the_authors_rectangles(monkeypatch):
+def test_block_draws_the_authors_rectangles():
     """One after the other, from the same numbers: integer areas from 16 to A - 1, sides cut off after the point."""
     draws = [torch.rand(400, dtype=torch.float64, generator=generator(i)).view(100, 4).tolist() for i in range(20)]
     for mask, u in zip(masks.block(20, 14, 0.4, [generator(i) for i in range(20)]).view(20, 14, 14), draws):
@@ -55,9 +55,6 @@ def test_block_draws_the_authors_rectangles(monkeypatch):
             top, left = int(c * (15 - height)), int(d * (15 - width))
             expected[top : top + height, left : left + width] = 1
         assert torch.equal(mask, expected)
-    monkeypatch.setattr(masks, "rand", lambda batch, count, generator: torch.zeros(batch, count))  # one and the same
-    m = masks.block(2, 14)  # what 1,000 rectangles leave hidden is revealed row by row
-    assert m.sum(1).tolist() == [79, 79] and m[0].view(14, 14)[:5].all()
 
 
 @pytest.mark.parametrize("draw", [

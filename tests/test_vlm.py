@@ -80,7 +80,7 @@ def encode(*messages: str, template: vlm.Template = LLAMA) -> tuple[list[int], l
 
 @torch.no_grad()
 @pytest.mark.parametrize("adapter, file, trained", [
-    ("mlp", "mlp", "projector."), ("fused-mlp", "fused_mlp", "projector."),
+    ("mlp", "mlp", ""), ("fused-mlp", "fused_mlp", ""),
     ("decoder", "decoder_adapter", "decoder.head."), ("truncated", "truncated", "head."),
 ])
 def test_adapter_is_the_authors(adapter, file, trained):
@@ -96,7 +96,7 @@ def test_adapter_is_the_authors(adapter, file, trained):
         features = torch.cat([features, features.flip(1)], -1)
     assert (model.adapter(features).abs().max() == 0) == (adapter in ("decoder", "truncated"))
     for name, weight in reference.items():
-        if name.startswith(prefix := f"{file}.{trained.removeprefix('decoder.')}"):
+        if name.startswith(prefix := f"{file}.{trained.removeprefix('decoder.') or 'projector.'}"):
             model.adapter.get_parameter(trained + name.removeprefix(prefix)).copy_(weight)
     assert error(model.adapter(features), reference[f"{file}.output"]) < 1e-5
 
@@ -118,7 +118,7 @@ def test_features(tmp_path, adapter, aligned, family):
         prefix = adapter in ("transformer", "truncated", "decoder") or adapter == "mlp" and aligned
         expected.append(x if prefix else x[:, plain.config.num_prefix :])
     last.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    assert model.encode_images(pixels).shape == (5, model.config.image_tokens, 48)
+    assert model.encode_images(model.features(pixels)).shape == (5, model.config.image_tokens, 48)
     assert error(read[0], torch.cat(expected, -1)) < 1e-6
     assert len(model.vision.blocks) == config.depth - 2 * (adapter == "truncated") - (not aligned)
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
@@ -185,7 +185,7 @@ def collate(batch: list[tuple[list[int], list[int], Tensor | None]]) -> dict[str
 def logits_of(model: VLM, ids: list[int], pixels: Tensor | None) -> Tensor:
     """All logits of one sample, [S, W]: <s>, image, text, without padding; the definition."""
     x = model.language.embed(torch.tensor([ids]))
-    x = x if pixels is None else torch.cat([x[:, :1], model.encode_images(pixels[None]), x[:, 1:]], 1)
+    x = x if pixels is None else torch.cat([x[:, :1], model.encode_images(model.features(pixels[None])), x[:, 1:]], 1)
     return model.language(embeds=x)[0]
 
 
