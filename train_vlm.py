@@ -3,7 +3,7 @@
     python train_vlm.py                                         # the demo, after train_align.py; minutes on a laptop
     torchrun --nproc-per-node 8 --shutdown-timeout 900 train_vlm.py --recipe clip-vit-l-336 --fsdp \\
         --weights aligned.safetensors --language Llama-2-7b-hf \\
-        --data llava_v1_5_mix665k.json --images playground/data                                 # the paper's
+        --data llava_v1_5_mix665k.json --images playground/data --checkpointing                 # the paper's
     python train_vlm.py ... --resume                            # continue exactly, on any number of processes
 
 Writes to --out: model/ (the VLM), log.jsonl, options.json, checkpoints/. What an update sees depends on the seed and

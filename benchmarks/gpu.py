@@ -1,7 +1,7 @@
-"""Every GPU figure of docs/performance.md in one run of at most five minutes: `python benchmarks/gpu.py`.
+"""Speed and memory on a GPU, in about five minutes: `python benchmarks/gpu.py`.
 
-Each line is printed as soon as it is measured. What is compared runs in turns; timm and transformers are compared with
-where they are installed.
+Each line is printed as soon as it is measured. What is compared runs in turns; timm and transformers join in where they
+are installed.
 """
 
 import importlib.util

@@ -2,7 +2,7 @@
 
 Pairs of models on the teacher and on its aligned version, over paired seeds: a seed is that of the scenes, of the
 alignment, of the order of the data and of new weights. The scenes and the aligned backbones are those of
-benchmarks/locality.py, which runs first. What an earlier call finished in runs/vision-language is kept. Prints a table
+benchmarks/locality.py: run that first. What an earlier call finished in runs/vision-language is kept. Prints a table
 of the mean scores of each kind of question and of the differences, with standard errors; writes the first pair's radar
 chart (radar.png), questions that one of its models answers right and the other one wrong (answers.png), and what the
 models of "pointing" point at (pointing.png).

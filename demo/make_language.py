@@ -1,4 +1,4 @@
-"""Make the demo's language model: a small Llama that has read about scenes and never seen one, and its tokenizer.
+"""Make the demo's language model: a small Llama trained on text about scenes, never on pictures, and its tokenizer.
 
     python demo/make_language.py runs/words                       # 40 minutes of one core
     python demo/make_language.py FOLDER --start runs/words --updates 800 --lr 1.5e-3    # 20 more; wrote demo/language
@@ -6,8 +6,8 @@
 As Llama was trained on text before it met images, so is this one. Where an image's tokens will stand, each of the 64
 patches is told in words: its embedding is the sum of those of the color and the shape that are there, and of a vector
 for the place. Questions and answers follow. So the model learns what the questions mean, and to look things up, before
-the first image. With --start it goes on, and reads triplets (decode.py) as well: there, its state at a <REF> learns to
-have the largest products with the patches that the phrase means.
+the first image. --start continues such a model, with triplets (decode.py) among the answers: its state at a <REF>
+learns to match the patches that the phrase means.
 The folder receives config.json, model.safetensors and tokenizer.model, for train_vlm.py --language.
 """
 

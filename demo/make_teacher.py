@@ -3,9 +3,9 @@
     python demo/make_teacher.py demo/teacher.safetensors
 
 An MLP names the shapes and colors that are present, from the mean of all tokens. In the last two epochs the tokens of
-an image are also pulled together, so that each speaks of the whole image, as those of SigLIP and CLIP do; by themselves
-the tokens of so small a model stay local. Recall on unseen scenes is printed after each epoch. The backbone is written
-without the MLP.
+an image are also pulled together, so that each describes the whole image, as those of large models are suspected to;
+by themselves the tokens of so small a model stay local. Recall on unseen scenes is printed after each epoch. The
+backbone is written without the MLP.
 """
 
 import argparse

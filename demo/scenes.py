@@ -1,4 +1,4 @@
-"""The built-in world: pictures of colored shapes of which everything is known, written to disk as ordinary data sets.
+"""The built-in world: fully annotated pictures of colored shapes, written to disk as ordinary data sets.
 
     python demo/scenes.py DIR --count 12800 --val 2000 --test 500 --seed 0
 
@@ -7,7 +7,7 @@ labels/{train,val}       PNG label maps: red holds each pixel's shape (1-10), gr
 labels.txt               the classes' names: "3: triangle"
 boxes.json               the pictures of each part, with the shape, color and box of each object
 conversations.json       a conversation about each training picture, in LLaVA's format
-pointing.json            another, in which things are pointed at, and where, as "targets" (data.Conversations)
+pointing.json            another that points at things; where they are is in "targets" (data.Conversations)
 questions.json           single questions about the test pictures in the same format, each with its "kind"
 scenes.json              the options, written last
 
