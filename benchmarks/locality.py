@@ -79,6 +79,7 @@ def converged(objective: str, seed: int) -> float:
         targets.append(data.unpack(patches, len(source.source.names)))
     std, mean = torch.std_mean(tokens[0], (0, 1))
     train, val = ((x - mean) / std for x in tokens)
+    torch.manual_seed(seed)
     head = nn.Linear(train.shape[2], targets[0].shape[2])
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=300, line_search_fn="strong_wolfe")
 
