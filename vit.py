@@ -122,7 +122,7 @@ BACKBONES: dict[str, ViTConfig] = {  # table 5, and dinov2-vit-l for feature fus
 def attention(q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None, bias: Tensor | None = None) -> Tensor:
     """Soft-capped attention (appendix C), or plain with an additive bias [H, T, T]. q, k, v, result: [B, H, T, d]."""
     if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, bias)
+        return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
     if q.is_cuda and torch.cuda.get_device_properties(q.device).major >= 8:  # A100 or newer
         return flex_softcap(q, k, v, softcap)  # what follows in one fused kernel
     logits = q @ k.mT / math.sqrt(q.shape[-1])  # [B, H, T, T]
